@@ -1,0 +1,175 @@
+"""Every setting of the learner, frozen, with its default and its meaning. Owns no behaviour beyond validation.
+
+One `LearnerConfig` is made where the process starts and recorded whole in every round, so that a round can be
+replayed. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting is out of range or unknown; the message names it and what it accepts."""
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward model: an ensemble of LoRA + scalar head members on the shared base."""
+
+    members: int = 3  # ensemble size (Coste et al. 2023)
+    lora_r: int = 16  # rank of each member's adapter
+    lora_alpha: int = 32  # scale of each member's adapter: alpha / r
+    lr: float = 1e-3  # AdamW, adapters
+    head_lr: float = 3e-3  # AdamW, scalar head
+    weight_decay: float = 0.05
+    epochs: int = 8  # at most, over the comparisons of one fit; early stopping usually ends it before
+    batch: int = 8  # comparisons a step
+    patience: int = 2  # epochs without a better held-out loss before a fold stops
+    folds: int = 4  # of the cross-validation
+    max_examples: int = 400  # comparisons used, newest first: a round must stay short
+    max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut
+    score_batch: int = 32  # sequences a scoring pass
+
+    def __post_init__(self) -> None:
+        _need(self.members >= 1, "reward.members must be at least 1")
+        _need(self.folds >= 2, "reward.folds must be at least 2")
+        _need(self.epochs >= 1 and self.batch >= 1, "reward.epochs and reward.batch must be at least 1")
+        _need(self.lr > 0 and self.head_lr > 0, "reward.lr and reward.head_lr must be positive")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The policy update. `learner/ppo.py` reads it."""
+
+    estimator: str = "gae"  # advantages: "gae", or "rloo" (REINFORCE with a leave-one-out baseline)
+    updates: int = 24  # rollout batches
+    prompts_per_update: int = 12
+    replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
+    max_new_tokens: int = 96  # a rollout's reply
+    temperature: float = 1.0  # of the rollouts, and of the log-probabilities that are optimised
+    epochs: int = 2  # passes over one rollout batch
+    minibatches: int = 2
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lr: float = 5e-4
+    value_lr: float = 1e-3
+    max_grad_norm: float = 1.0
+    clip: float = 0.2  # policy ratio (Schulman et al. 2017, Eq. 7)
+    value_clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl_coef: float = 0.05  # beta at the start
+    kl_target: float = 4.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
+    kl_horizon: float = 400.0  # rollouts over which the controller moves
+    kl_ceiling: float = 8.0  # nats a reply against the reference: the run stops there and keeps the last state under it
+    uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
+    missing_eos_penalty: float = 1.0  # taken off a whitened score when the reply was cut by max_new_tokens
+    whiten_rewards: bool = True
+    whiten_advantages: bool = True
+    max_seconds: float = 90.0  # wall clock after which no further update starts
+
+    def __post_init__(self) -> None:
+        _need(self.estimator in ("gae", "rloo"), "ppo.estimator must be gae or rloo")
+        _need(self.updates >= 1 and self.epochs >= 1, "ppo.updates and ppo.epochs must be at least 1")
+        _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
+        _need(self.temperature > 0, "ppo.temperature must be positive")
+        _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a candidate must pass. `learner/gate.py` reads it."""
+
+    prompts: int = 24  # held-out prompts
+    replies_per_prompt: int = 2  # sampled from each of live and candidate
+    max_new_tokens: int = 96
+    temperature: float = 1.0
+    min_win_rate: float = 0.5  # the lower bound of the win rate against live must be above it
+    max_kl: float = 8.0  # nats a reply against the reference
+    max_length_ratio: float = 3.0  # mean tokens, candidate over live, either way
+    max_broken_rise: float = 0.05  # share of broken replies above live's
+    min_distinct2_ratio: float = 0.5  # distinct bigrams, candidate over live
+    max_refusal_rise: float = 0.1
+    max_probe_loss_rise: float = 0.25  # nats a token on the fixed probe set: the alignment tax
+
+    def __post_init__(self) -> None:
+        _need(self.prompts >= 1 and self.replies_per_prompt >= 1, "gate.prompts must be at least 1")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Everything a round depends on besides the votes, the base model and the live version."""
+
+    round_votes: int = 16  # new standing votes that start a round
+    min_votes: int = 8  # fewer strict votes than this and the reward model is not even tried
+    seed: int = 0  # round n uses seed + n
+    reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
+    held_out_prompts: float = 0.2  # share of the round's prompts kept from PPO for the gate
+    threads: int = 1  # torch threads: the other core keeps serving
+    poll_s: float = 1.0  # between looks at the database
+    heartbeat_s: float = 2.0
+    nice: int = 5  # added to the process's niceness: serving goes first
+    device: str = "cpu"
+    dtype: str = "float32"
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        _need(self.round_votes >= 1, "round_votes must be at least 1")
+        _need(0 < self.held_out_prompts < 1, "held_out_prompts must be between 0 and 1")
+        _need(self.threads >= 1, "threads must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, ready for JSON; `from_dict` undoes it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LearnerConfig:
+        """Build from nested dicts; missing fields take their default. Raises ConfigError for an unknown one."""
+        return _build(cls, fields, "")
+
+    def override(self, settings: Mapping[str, str]) -> LearnerConfig:
+        """A copy with dotted settings replaced, as from `--set ppo.updates=10`. Raises ConfigError."""
+        nested = self.to_dict()
+        for dotted, text in settings.items():
+            *sections, name = dotted.split(".")
+            target = nested
+            for section in sections:
+                target = target.get(section) if isinstance(target, dict) else None
+            _need(isinstance(target, dict) and name in target, f"unknown setting {dotted}")
+            _need(not isinstance(target[name], dict), f"{dotted} is a section, not a setting")
+            target[name] = _parse(dotted, text, type(target[name]))
+        return LearnerConfig.from_dict(nested)
+
+
+SECTIONS = {"reward": RewardConfig, "ppo": PPOConfig, "gate": GateConfig}
+
+
+def _build(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    _need(not unknown, f"unknown setting {prefix}{unknown[0]}" if unknown else "")
+    values = {
+        name: _build(SECTIONS[name], value, f"{name}.") if name in SECTIONS and cls is LearnerConfig else value
+        for name, value in fields.items()
+    }
+    return cls(**values)
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name} takes a {kind.__name__}, not {text!r}") from None
