@@ -1,0 +1,106 @@
+"""Keys and values of running sequences: one row each, rows 0..n-1 in use, written in place.
+
+Owns the memory and the two ways a forward pass meets it: `Prompt` (part of one row) and `Rows` (one new token in each
+running row). Which sequence has which row is the scheduler's affair. Rows are kept together, so a step reads slices
+and never gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FIRST_LENGTH = 128  # capacity starts small and doubles, so memory follows use
+
+
+class KVCache:
+    """Keys and values, each (layers, rows, kv_heads, length, head_dim)."""
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, max_rows: int, max_length: int,
+        dtype: torch.dtype, device: torch.device | str,
+    ) -> None:  # fmt: skip
+        self.max_rows, self.max_length = max_rows, max_length
+        shape = (layers, min(max_rows, 4), kv_heads, min(max_length, FIRST_LENGTH), head_dim)
+        # Zeros, not empty: a masked NaN from uninitialised memory would still be a NaN (0 * NaN).
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    @property
+    def bytes(self) -> int:
+        """Memory held now."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for `rows` rows of `length` tokens, by doubling, up to the limits given at the start."""
+        layers, had_rows, heads, had_length, dim = self.keys.shape
+        if rows > self.max_rows or length > self.max_length:
+            raise ValueError(
+                f"{rows} rows of {length} tokens are over the cache's {self.max_rows} x {self.max_length}"
+            )
+        if rows <= had_rows and length <= had_length:
+            return
+        rows = had_rows if rows <= had_rows else min(max(rows, 2 * had_rows), self.max_rows)
+        length = had_length if length <= had_length else min(max(length, 2 * had_length), self.max_length)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(layers, rows, heads, length, dim)
+            new[:, :had_rows, :, :had_length] = old
+            setattr(self, name, new)
+
+    def copy(self, src: int, dst: int, length: int) -> None:
+        """The first `length` tokens of row `src`, into row `dst`: a fork, or a move into a hole."""
+        for kv in (self.keys, self.values):
+            kv[:, dst, :, :length] = kv[:, src, :, :length]
+
+
+class Prompt:
+    """Tokens start .. start+T of one row: written to the row, attending causally to all of it so far."""
+
+    def __init__(self, cache: KVCache, row: int, start: int, count: int) -> None:
+        cache.reserve(row + 1, start + count)
+        self.cache, self.row, self.start, self.end = cache, row, start, start + count
+        device = cache.keys.device
+        self.positions = torch.arange(start, self.end, device=device)[None]  # (1, T)
+        self.mask = None  # None: plain causal
+        if start:
+            ok = torch.arange(self.end, device=device) <= self.positions[0, :, None]  # (T, S)
+            self.mask = additive(ok, cache.keys.dtype)[None, None]  # (1, 1, T, S)
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (1, kv_heads, T, head_dim); return those to attend to (1, kv_heads, S, head_dim)."""
+        keys, values = self.cache.keys[layer, self.row], self.cache.values[layer, self.row]
+        keys[:, self.start : self.end] = k[0]
+        values[:, self.start : self.end] = v[0]
+        return (keys[None, :, : self.end], values[None, :, : self.end]) if self.start else (k, v)
+
+
+class Rows:
+    """One token in each of rows 0..n-1, row i at position lengths[i]."""
+
+    def __init__(self, cache: KVCache, lengths: Sequence[int]) -> None:
+        self.cache, self.n, self.end = cache, len(lengths), max(lengths) + 1
+        cache.reserve(self.n, self.end)
+        device = cache.keys.device
+        self.at = torch.tensor(lengths, device=device)  # (n,)
+        self.rows = torch.arange(self.n, device=device)
+        self.positions = self.at[:, None]  # (n, 1)
+        self.mask = None  # None: every row is as long as the longest
+        if min(lengths) + 1 < self.end:
+            ok = torch.arange(self.end, device=device) <= self.positions  # (n, S)
+            self.mask = additive(ok, cache.keys.dtype)[:, None, None]  # (n, 1, 1, S)
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (n, kv_heads, 1, head_dim); return those to attend to (n, kv_heads, S, head_dim)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, self.at] = k[:, :, 0]
+        values[self.rows, :, self.at] = v[:, :, 0]
+        return keys[: self.n, :, : self.end], values[: self.n, :, : self.end]
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True = may attend) as what is added to the attention scores."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, float("-inf")
+    )

@@ -1,0 +1,132 @@
+"""Every other architecture, through transformers' own module (GPT-2, Gemma, Phi, ...).
+
+Owns fitting that module to our cache, masks and adapters, and proving at load time that the fit is right. The common
+families have a faster path of their own in `engine/decoder.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from engine.cache import KVCache, Prompt, Rows, additive
+from engine.lora import LoraBank, LoraLinear, Part
+from engine.source import ModelError, weight_files
+
+
+class Spans(Cache):
+    """Hands transformers' attention layers our own cache."""
+
+    def __init__(self, span: Prompt | Rows) -> None:
+        self.span = span
+        self.layers: list[Any] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.span.put(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.span.end - self.span.positions.shape[1]
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return self.span.end, 0
+
+
+class General(nn.Module):
+    """Token ids to final-normed hidden states, computed by transformers; same interface as Decoder."""
+
+    def __init__(
+        self, config: Any, directory: Path, dtype: torch.dtype, device: str | torch.device, bank: LoraBank
+    ) -> None:
+        super().__init__()
+        weight_files(directory)  # a clear line when there are no safetensors
+        name = (getattr(config, "architectures", None) or [config.model_type])[0]
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise ModelError(f"{name} cannot be loaded as a causal language model: {error}") from error
+        model = model.to(device).eval().requires_grad_(False)
+        self.core: nn.Module = model.base_model
+        self.head: nn.Module | None = model.get_output_embeddings()
+        if self.head is None or self.core is model:
+            raise ModelError(f"{name} has no language-model head: choose a causal language model")
+        self.takes_positions = "position_ids" in inspect.signature(self.core.forward).parameters
+        try:
+            self.kv_shape = self._prove(model)
+            self._adopt_linears(model, bank)
+        except ModelError as error:
+            raise ModelError(f"{name} is not supported: {error}") from error
+        except Exception as error:  # whatever an architecture trips over, it is one we cannot serve
+            raise ModelError(f"{name} is not supported by the engine: {error}") from error
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Prompt | Rows | None = None
+    ) -> Tensor:
+        """ids, positions (B, T); mask (B, 1, T, S) added to the scores, None for causal -> (B, T, D)."""
+        batch, count = ids.shape
+        if mask is None:
+            end = count if cache is None else cache.end
+            allowed = torch.ones(count, end, dtype=torch.bool, device=ids.device).tril(end - count)
+            mask = additive(allowed, next(self.core.parameters()).dtype)[None, None]
+        kwargs = {"position_ids": positions} if self.takes_positions else {}
+        output = self.core(
+            input_ids=ids, attention_mask=mask.expand(batch, 1, count, -1), use_cache=cache is not None,
+            past_key_values=None if cache is None else Spans(cache), return_dict=True, **kwargs,
+        )  # fmt: skip
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return self.head(hidden)
+
+    @torch.no_grad()
+    def _prove(self, model: nn.Module) -> tuple[int, int, int]:
+        """Compare our way of calling the module with its own on a few tokens; returns the shape of its cache."""
+        vocab = model.config.get_text_config().vocab_size
+        ids = (torch.arange(1, 9, device=model.device) * 97 % vocab)[None]
+        output = model(input_ids=ids, use_cache=True, return_dict=True)
+        if not isinstance(output.past_key_values, DynamicCache):
+            raise ModelError("it keeps no ordinary key-value cache (a recurrent or encoder-decoder model)")
+        shapes = {
+            tuple(t.shape[i] for i in (1, 3))
+            for layer in output.past_key_values.layers
+            for t in (layer.keys, layer.values)
+        }
+        if len(shapes) != 1:
+            raise ModelError("its layers do not all keep keys and values of one shape")
+        kv_shape = (len(output.past_key_values.layers), *shapes.pop())
+        cache = KVCache(*kv_shape, 1, 8, model.dtype, model.device)
+        rows = [Prompt(cache, 0, 0, 6), Rows(cache, [6]), Rows(cache, [7])]
+        hidden = [self(ids[:, p.positions[0]], p.positions, p.mask, p) for p in rows]
+        positions = torch.arange(8, device=model.device)[None]
+        tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+        for ours in (torch.cat(hidden, 1), self(ids, positions, None)):
+            if not torch.allclose(
+                self.logits(ours).float(), output.logits.float(), rtol=tolerance, atol=tolerance
+            ):
+                raise ModelError("its logits are not its output layer applied to its hidden states")
+        return kv_shape
+
+    def _adopt_linears(self, model: nn.Module, bank: LoraBank) -> None:
+        """Replace the linear layers by ones that take adapters, under their own names."""
+        found = [
+            (path, m)
+            for path, m in model.named_modules()
+            if isinstance(m, nn.Linear | Conv1D) and m is not self.head
+        ]
+        for path, module in found:
+            is_conv = isinstance(module, Conv1D)
+            bank.fan_in_fan_out |= is_conv
+            weight = module.weight.data.T.contiguous() if is_conv else module.weight.data
+            bias = None if module.bias is None else module.bias.data
+            model.set_submodule(path, LoraLinear(bank, [Part(path, len(weight))], weight, bias))

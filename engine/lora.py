@@ -1,0 +1,320 @@
+"""LoRA adapters on a frozen base (Hu et al. 2021): y = x W^T + (alpha / r) (x A^T) B^T.
+
+Owns the adapters: making, reading, writing and applying them, one for a whole batch (training, differentiable) or
+several side by side, chosen row by row (serving). Does not own the base weights or decide which adapter is used.
+
+Files are PEFT's own (`adapter_config.json`, `adapter_model.safetensors`), so what is saved here loads anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+# What changes the sum above; an adapter that sets one of these differs from what we would compute.
+REFUSED = {
+    "use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "layer_replication": None, "trainable_token_indices": None, "megatron_config": None,
+    "target_parameters": None, "alora_invocation_tokens": None, "use_qalora": False,
+}  # fmt: skip
+
+
+class AdapterError(Exception):
+    """The adapter cannot be used; the message says what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection inside a LoraLinear: its name in the Hugging Face model and its number of outputs."""
+
+    path: str
+    size: int
+
+
+@dataclass
+class Adapter:
+    """One adapter: `pairs[path]` is (A (r, in), B (out, r)), float32."""
+
+    r: int
+    alpha: float
+    scaling: float  # alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
+    targets: list[str]
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
+
+    def fused(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
+        """(A (R, in), B (out, R)) over all parts of `linear`, scaling in B; None when it touches none of them."""
+        pairs = [self.pairs.get(part.path) for part in linear.parts]
+        if not any(pairs):
+            return None
+        kind = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        a = torch.cat([pair[0] for pair in pairs if pair]) if len(pairs) > 1 else pairs[0][0]
+        empty = [torch.zeros(part.size, 0, **kind) for part in linear.parts]
+        blocks = [pair[1] if pair else none for pair, none in zip(pairs, empty, strict=True)]
+        b = torch.block_diag(*blocks) if len(pairs) > 1 else blocks[0]
+        return a.to(**kind), (b * self.scaling).to(**kind)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer, or several over one input laid side by side, with the bank's active adapters added.
+
+    Maps (..., in) to (..., sum of part sizes). The parts keep their own names, so an adapter may target any of them.
+    """
+
+    def __init__(self, bank: LoraBank, parts: Sequence[Part], weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bank = bank
+        bank.linears.append(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        active = self.bank.active
+        return y if active is None else active.add(self, x, y)
+
+
+class Single:
+    """One adapter for the whole batch, straight from its parameters: gradients flow."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+        fused = self.adapter.fused(linear)
+        return y if fused is None else y + F.linear(F.linear(x, fused[0]), fused[1])
+
+
+class Mixture:
+    """Several adapters in one batch, stacked: however many there are, a layer pays two small products.
+
+    A of every adapter is laid end to end, so x A^T computes all of them; a mask then clears, in each row, the
+    columns of adapters that are not that row's; B of every adapter, side by side, brings them back.
+    """
+
+    def __init__(self, linears: Sequence[LoraLinear], adapters: Sequence[Adapter]) -> None:
+        self.count = len(adapters)
+        self.stacks: dict[LoraLinear, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        for linear in linears:
+            fused = [adapter.fused(linear) for adapter in adapters]
+            if found := [f for f in fused if f is not None]:
+                ranks = tuple(0 if f is None else f[0].shape[0] for f in fused)
+                a, b = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found], dim=1)
+                self.stacks[linear] = (a, b.T.contiguous(), ranks)  # (R, in), (R, out)
+        self.masks: dict[tuple[int, ...], Tensor | None] = {}
+
+    def choose(self, rows: Sequence[int]) -> None:
+        """Say which adapter each row of the batch has: an index into `adapters`, -1 for the bare base."""
+        self.masks = {}
+        one_for_all = self.count == 1 and all(row == 0 for row in rows)
+        for a, _, ranks in self.stacks.values():
+            if ranks not in self.masks:
+                owner = torch.repeat_interleave(torch.arange(self.count), torch.tensor(ranks))  # (R,)
+                mask = (torch.tensor(rows)[:, None] == owner).to(a)[:, None]  # (rows, 1, R)
+                self.masks[ranks] = None if one_for_all else mask
+
+    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+        stack = self.stacks.get(linear)
+        if stack is None:
+            return y
+        a, b, ranks = stack
+        h = F.linear(x, a)  # (rows, T, R)
+        if (mask := self.masks[ranks]) is not None:
+            h = h * mask
+        return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), b).view(y.shape)
+
+
+class LoraBank:
+    """Every adapter on one base model, by name."""
+
+    def __init__(self, source: str = "", *, fan_in_fan_out: bool = False) -> None:
+        self.source = source
+        self.fan_in_fan_out = fan_in_fan_out  # the base has GPT-2's Conv1D; PEFT wants it said in the config
+        self.linears: list[LoraLinear] = []
+        self.adapters: dict[str, Adapter] = {}
+        self.active: Single | Mixture | None = None
+        self.revision = 0  # grows whenever the set of adapters changes
+
+    def names(self) -> list[str]:
+        """The names of the adapters, in the order they came."""
+        return list(self.adapters)
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter by PEFT's own names (`base_model.model....lora_A.weight`)."""
+        named = {}
+        for path, (a, b) in self._get(name).pairs.items():
+            named[f"{PREFIX}{path}.lora_A.weight"] = a
+            named[f"{PREFIX}{path}.lora_B.weight"] = b
+        return named
+
+    def create(
+        self, name: str, *, r: int = 16, alpha: float = 32, targets: Sequence[str] | None = None, seed: int = 0,
+        trainable: bool = True,
+    ) -> None:  # fmt: skip
+        """A new adapter that changes nothing yet: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero.
+
+        targets: module names such as "q_proj"; None means every linear layer of the blocks.
+        """
+        parts = [(part, linear) for linear in self.linears for part in linear.parts]
+        if targets is None:
+            targets = sorted({part.path.rsplit(".", 1)[-1] for part, _ in parts})
+        generator = torch.Generator().manual_seed(seed)
+        pairs = {}
+        for part, linear in parts:
+            if any(part.path == t or part.path.endswith("." + t) for t in targets):
+                inputs = linear.weight.shape[1]
+                a = (torch.rand(r, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
+                pairs[part.path] = self._pair(a, torch.zeros(part.size, r), trainable)
+        if not pairs:
+            raise AdapterError(
+                f"no layer of the model is named {', '.join(targets)}: choose among {self._layer_names()}"
+            )
+        self._put(name, Adapter(r, alpha, alpha / r, list(targets), pairs))
+
+    def load(self, name: str, path: str | Path, *, trainable: bool = False) -> None:
+        """Read a PEFT directory. Raises AdapterError, naming the file or tensor, when anything about it is off."""
+        path = Path(path)
+        config = self._read_config(path)
+        try:
+            r, alpha = int(config["r"]), float(config["lora_alpha"])
+            scaling = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+            targets = config["target_modules"]
+            targets = [targets] if isinstance(targets, str) else [str(target) for target in targets]
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise AdapterError(
+                f"{path / CONFIG} lacks a usable r, lora_alpha or target_modules ({error!r})"
+            ) from error
+        try:
+            tensors = load_file(path / WEIGHTS)
+        except FileNotFoundError as error:
+            raise AdapterError(f"{path} has no {WEIGHTS}: save the adapter as safetensors") from error
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{path / WEIGHTS} is damaged ({error}): fetch or publish it again") from error
+        pairs = {}
+        for linear in self.linears:
+            for part in linear.parts:
+                keys = [f"{PREFIX}{part.path}.lora_{side}.weight" for side in "AB"]
+                if not any(key in tensors for key in keys):
+                    continue
+                shapes = [(r, linear.weight.shape[1]), (part.size, r)]
+                for key, shape in zip(keys, shapes, strict=True):
+                    self._check(path, key, tensors.get(key), shape)
+                pairs[part.path] = self._pair(*(tensors.pop(key) for key in keys), trainable)
+        if tensors:
+            raise AdapterError(
+                f"{path / WEIGHTS} has {len(tensors)} tensors that fit no layer of this model, the first is "
+                f"{next(iter(tensors))}: the adapter was made for another model"
+            )
+        if not pairs:
+            raise AdapterError(f"{path / WEIGHTS} holds no LoRA weights")
+        self._put(name, Adapter(r, alpha, scaling, targets, pairs))
+
+    def save(self, name: str, path: str | Path) -> None:
+        """Write a PEFT directory that `load` here and `peft.PeftModel.from_pretrained` both read."""
+        adapter, path = self._get(name), Path(path)
+        tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
+        if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise AdapterError(f"adapter {name!r} has NaN or infinite numbers in {bad[0]}: it is not saved")
+        path.mkdir(parents=True, exist_ok=True)
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.source, "r": adapter.r,
+            "lora_alpha": adapter.alpha, "use_rslora": not math.isclose(adapter.scaling, adapter.alpha / adapter.r),
+            "target_modules": adapter.targets[0] if self._is_pattern(adapter.targets) else adapter.targets,
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": self.fan_in_fan_out, "inference_mode": True,
+        }  # fmt: skip
+        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+
+    def copy(self, src: str, dst: str, *, trainable: bool | None = None) -> None:
+        """Make `dst` an independent copy of `src` (trainable like `src` unless said)."""
+        old = self._get(src)
+        pairs = {}
+        for path, (a, b) in old.pairs.items():
+            pairs[path] = self._pair(
+                a.detach().clone(), b.detach().clone(), a.requires_grad if trainable is None else trainable
+            )
+        self._put(dst, Adapter(old.r, old.alpha, old.scaling, list(old.targets), pairs))
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter."""
+        self._get(name)
+        del self.adapters[name]
+        self.revision += 1
+
+    @contextmanager
+    def using(self, active: str | Mixture | None) -> Iterator[None]:
+        """Within the block, the model has this adapter (by name), this mixture, or none."""
+        before = self.active
+        self.active = Single(self._get(active)) if isinstance(active, str) else active
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def mixture(self, names: Sequence[str]) -> Mixture:
+        """The named adapters stacked for a mixed batch: a snapshot, to be made anew when one of them changes."""
+        return Mixture(self.linears, [self._get(name) for name in names])
+
+    def _get(self, name: str) -> Adapter:
+        try:
+            return self.adapters[name]
+        except KeyError:
+            raise AdapterError(
+                f"no adapter named {name!r}: loaded are {', '.join(self.adapters) or 'none'}"
+            ) from None
+
+    def _put(self, name: str, adapter: Adapter) -> None:
+        self.adapters[name] = adapter
+        self.revision += 1
+
+    def _pair(self, a: Tensor, b: Tensor, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
+        device = self.linears[0].weight.device
+        return tuple(nn.Parameter(t.to(device, torch.float32), requires_grad=trainable) for t in (a, b))
+
+    def _layer_names(self) -> str:
+        return ", ".join(
+            sorted({part.path.rsplit(".", 1)[-1] for linear in self.linears for part in linear.parts})
+        )
+
+    def _is_pattern(self, targets: list[str]) -> bool:
+        """PEFT reads a lone string as a regular expression; keep one that names no layer as it was."""
+        ends = {part.path.rsplit(".", 1)[-1] for linear in self.linears for part in linear.parts}
+        return len(targets) == 1 and targets[0].rsplit(".", 1)[-1] not in ends
+
+    @staticmethod
+    def _read_config(path: Path) -> dict:
+        try:
+            config = json.loads((path / CONFIG).read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG}") from error
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{path / CONFIG} cannot be read as JSON: {error}") from error
+        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+            raise AdapterError(f"{path / CONFIG} is not a LoRA config (peft_type must be LORA)")
+        for key, neutral in REFUSED.items():
+            if config.get(key) not in (neutral, None, False, [], {}):
+                raise AdapterError(f"{path / CONFIG} sets {key}, which is not supported: train it without")
+        return config
+
+    @staticmethod
+    def _check(path: Path, key: str, tensor: Tensor | None, shape: tuple[int, int]) -> None:
+        if tensor is None:
+            raise AdapterError(f"{path / WEIGHTS} lacks {key}")
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(
+                f"{path / WEIGHTS}: {key} has shape {tuple(tensor.shape)}, this model needs {shape}: "
+                "the adapter was made for another model"
+            )
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path / WEIGHTS}: {key} has NaN or infinite numbers; the adapter is refused")

@@ -1,0 +1,162 @@
+"""A base model in memory and the LoRA adapters on it: the one forward pass that serving and learning share.
+
+Owns loading, padding and masks, and which of two implementations computes. Does not own text (`engine/tokenizer.py`),
+sampling, or who runs when (`engine/engine.py`).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine import decoder, source
+from engine.cache import KVCache, Prompt, Rows, additive
+from engine.lora import LoraBank, Mixture
+from engine.source import ModelError
+
+__all__ = ["CausalModel", "ModelError"]
+DEFAULT_CONTEXT = 2048  # for the few architectures that name no limit
+
+
+class CausalModel(nn.Module):
+    """A causal language model whose base is frozen and whose adapters (`lora`) are not."""
+
+    def __init__(
+        self, directory: Path, name: str, config: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        text = config.get_text_config()
+        self.source, self.directory = name, directory
+        self.dtype, self.device = dtype, device
+        self.lora = LoraBank(name)
+        if decoder.fits(config):
+            weights = source.read_weights(directory, dtype, device)
+            self.net: Any = decoder.Decoder(config, weights, self.lora)
+        else:
+            from engine.general import General  # transformers' modelling code loads only where it is needed
+
+            self.net = General(config, directory, dtype, device, self.lora)
+        self.hidden_size: int = text.hidden_size
+        self.vocab_size: int = text.vocab_size
+        self.max_context = context_limit(text)
+        self.eos_ids = source.eos_ids(directory)
+        pad = text.pad_token_id
+        self.pad_id: int = pad if pad is not None else next(iter(self.eos_ids), 0)
+
+    @classmethod
+    def load(
+        cls,
+        source_name: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> CausalModel:
+        """From a local directory or a hub id; device "auto" is CUDA where there is one.
+
+        Raises ModelError, saying what to do, when it cannot be found, read, or computed exactly.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        directory = source.resolve(source_name)
+        model = cls(directory, str(source_name), source.read_config(directory), dtype, torch.device(device))
+        return model.eval()
+
+    def train(self, mode: bool = True) -> CausalModel:
+        """Always evaluation mode: dropout would make the policy that is trained another than the one that was sampled."""
+        return super().train(False)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the stored base weights; reads them once."""
+        return source.digest(self.directory)
+
+    def new_cache(self, max_rows: int, max_length: int) -> KVCache:
+        """An empty key-value cache of this model's shape."""
+        return KVCache(*self.net.kv_shape, max_rows, max_length, self.dtype, self.device)
+
+    def forward(
+        self, ids: Tensor, *, positions: Tensor | None = None, valid: Tensor | None = None, attend: Tensor | None = None,
+        adapter: str | Mixture | None = None, cache: Prompt | Rows | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Final-normed hidden states (B, T, D) of ids (B, T), differentiable in the adapter's parameters.
+
+        valid: (B, T) bool, True = a real token; padding may be left or right, and its own states mean nothing.
+        positions: (B, T); by default the count of real tokens before each.
+        attend: (B, T, T) bool, [b, i, j] = token i sees token j; replaces the causal mask. A token always sees itself.
+        adapter: the adapter of the whole batch, or a mixture chosen by row; None for the bare base.
+        cache: a stretch of a KVCache to extend; it brings positions and mask of its own.
+        """
+        if cache is not None:
+            if valid is not None or attend is not None or positions is not None:
+                raise ValueError("a cache brings its own positions and mask")
+            positions, mask = cache.positions, cache.mask
+        else:
+            positions = self._positions(ids, valid) if positions is None else positions
+            mask = self._mask(ids, valid, attend)
+        with self.lora.using(adapter):
+            return self.net(ids, positions, mask, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32."""
+        return self.net.logits(hidden).float()
+
+    def logprobs(
+        self,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """(B, T) -> (B, T-1): log p(ids[:, t+1] | ids[:, :t+1]) in nats, softmax of logits / temperature.
+
+        0 where either token is padding.
+        """
+        hidden = self(ids, valid=valid, adapter=adapter)[:, :-1]
+        logits = self.logits(hidden) / temperature  # (B, T-1, V)
+        logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
+            ids[:, 1:].shape
+        )
+        return logprobs if valid is None else logprobs.masked_fill(~(valid[:, 1:] & valid[:, :-1]), 0.0)
+
+    @staticmethod
+    def _positions(ids: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is None:
+            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+    def _mask(self, ids: Tensor, valid: Tensor | None, attend: Tensor | None) -> Tensor | None:
+        """(B or 1, 1, T, T) to add to the scores; None when plain causal attention is the same."""
+        count = ids.shape[1]
+        if attend is None:
+            # Padding on the right is after every real token, so the causal mask already hides it.
+            if valid is None or bool((valid[:, 1:] <= valid[:, :-1]).all()):
+                return None
+            allowed = valid[:, None, :] & torch.ones(count, count, dtype=torch.bool, device=ids.device).tril()
+        else:
+            allowed = attend if valid is None else attend & valid[:, None, :]
+        itself = torch.eye(count, dtype=torch.bool, device=ids.device)  # a row that sees nothing would be NaN
+        return additive(allowed | itself, self.dtype)[:, None]
+
+
+def context_limit(config: Any) -> int:
+    """Most tokens that prompt and reply may have together: the model's positions, or its sliding window if shorter.
+
+    Beyond the window old tokens would have to be forgotten; a clear refusal is kinder than a silent one.
+    """
+    limit = next(
+        (
+            v
+            for n in ("max_position_embeddings", "n_positions", "seq_length")
+            if (v := getattr(config, n, None))
+        ),
+        DEFAULT_CONTEXT,
+    )
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return min(limit, window) if window and slides and getattr(config, "use_sliding_window", True) else limit

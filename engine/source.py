@@ -1,0 +1,124 @@
+"""Where a model's files come from: a local directory or a hub id, resolved to a directory of safetensors.
+
+Owns finding, checking and fingerprinting the files. Does not build modules (`engine/model.py`). Never unpickles and
+never runs code that came with a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+class ModelError(Exception):
+    """The model cannot be used; the message says why and what to do."""
+
+
+def resolve(source: str | Path) -> Path:
+    """The local directory of `source`: itself, or the hub's snapshot (downloaded unless it is cached).
+
+    Raises ModelError when there is no such directory or the hub cannot be asked.
+    """
+    if (path := Path(source).expanduser()).is_dir():
+        return path
+    text = str(source)
+    if path.exists():
+        raise ModelError(f"{text} is a file: give the directory that holds config.json and *.safetensors")
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ModelError(f"no model directory at {text}: check the path, or give a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=WANTED))
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen unrelated types; all mean the same to the caller
+        raise ModelError(
+            f"cannot get {text} from the Hugging Face hub ({type(error).__name__}): check the name and the network, "
+            "or give a local directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where the file is absent. Raises ModelError when it is not a JSON object."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return value
+
+
+def read_config(directory: Path) -> Any:
+    """The transformers config of `directory`. Raises ModelError when there is none that this release knows."""
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} has no config.json: it is not a Hugging Face model directory")
+    read_json(directory / "config.json")  # a clear line for broken JSON
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"{directory}/config.json is not a config this release of transformers knows: {error}"
+        ) from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of the weights, in order. Raises ModelError when there are none or one is missing."""
+    index = read_json(directory / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if "weight_map" in index else ["model.safetensors"]
+    files = [directory / Path(name).name for name in names]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(
+            f"{directory} lacks {', '.join(missing)}: weights are read from safetensors only (never pickle); "
+            "convert the model with save_pretrained(..., safe_serialization=True)"
+        )
+    return files
+
+
+def read_weights(directory: Path, dtype: torch.dtype, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Every tensor of the model, by its name, as `dtype` on `device`. Raises ModelError when a file is damaged."""
+    weights = {}
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    weights[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged ({error}): fetch the model again") from error
+    return weights
+
+
+def digest(directory: Path) -> str:
+    """sha256 over the stored tensors (name, dtype, shape, bytes), whatever files they are split into."""
+    where = {}
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            where.update(dict.fromkeys(tensors.keys(), file))
+    total = hashlib.sha256()
+    for name in sorted(where):
+        with safe_open(where[name], framework="pt") as tensors:
+            tensor = tensors.get_tensor(name).contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def eos_ids(directory: Path) -> tuple[int, ...]:
+    """The ids that end a reply, as generation_config.json or else config.json gives them (a number or a list)."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(directory / name).get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()

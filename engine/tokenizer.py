@@ -1,0 +1,114 @@
+"""Text to token ids and back: the chat template, and streaming text that never shows half a character.
+
+Owns the tokenizer. Does not know the model, stop strings (`engine/stopping.py`) or sampling.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.source import ModelError, eos_ids, read_json, resolve
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer that has a chat template."""
+
+    def __init__(self, tokenizer: Any, eos_ids: tuple[int, ...]) -> None:
+        self.hf = tokenizer
+        self.eos_ids = eos_ids
+        self.pad_id: int = next(i for i in (tokenizer.pad_token_id, *eos_ids, 0) if i is not None)
+        self.special_ids = frozenset(tokenizer.all_special_ids) | set(eos_ids)
+
+    @classmethod
+    def load(cls, source: str | Path) -> ChatTokenizer:
+        """From a local directory or a hub id. Raises ModelError when there is no tokenizer or no chat template."""
+        from transformers import AutoTokenizer
+
+        directory = resolve(source)
+        read_json(directory / "tokenizer_config.json")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # any of a dozen types, all meaning: no usable tokenizer here
+            raise ModelError(f"{source} has no tokenizer that can be loaded: {error}") from error
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{source} has no chat template: use a chat (instruct) model, or set chat_template in its "
+                "tokenizer_config.json"
+            )
+        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        ends = tuple(dict.fromkeys((*eos_ids(directory), *own)))
+        if not ends:
+            raise ModelError(
+                f"{source} names no end-of-sequence token: set eos_token in its tokenizer_config.json"
+            )
+        return cls(tokenizer, ends)
+
+    def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation `[{"role", "content"}, ...]` under the chat template.
+
+        Raises ValueError, with the template's own words, when the template refuses the conversation.
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self.hf.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=generation_prompt, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, no special tokens added."""
+        return self.hf.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens left out, spaces exactly as the tokens have them."""
+        return self.hf.decode(
+            [i for i in ids if i not in self.special_ids],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+class IncrementalText:
+    """Decodes a growing sequence token by token, holding back what may still become another character.
+
+    What `push` and `flush` return, joined, is `decode` of all the ids. Decoding runs over a short window of recent
+    tokens, so the cost of a push does not grow with the reply (the two-offset scheme of vLLM's detokenizer).
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = 0  # the window that gives the context begins here
+        self.shown = 0  # tokens whose text has been given out
+
+    def push(self, token_id: int) -> str:
+        """The text that is now certain, "" while a character is incomplete."""
+        if token_id in self.tokenizer.special_ids:
+            return ""
+        self.ids.append(token_id)
+        before, now = self._window()
+        if (
+            now.endswith(REPLACEMENT) and len(self.ids) - self.shown < 8
+        ):  # UTF-8 has at most 4 bytes; 8 is not one
+            return ""
+        return self._give(before, now)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the reply (an incomplete character shows as U+FFFD)."""
+        return self._give(*self._window())
+
+    def _window(self) -> tuple[str, str]:
+        decode = self.tokenizer.decode
+        return decode(self.ids[self.start : self.shown]), decode(self.ids[self.start :])
+
+    def _give(self, before: str, now: str) -> str:
+        if len(self.ids) > self.shown:
+            self.start, self.shown = self.shown, len(self.ids)
+        return now[len(before) :]
