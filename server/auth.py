@@ -1,0 +1,193 @@
+"""Who is asking: API keys with roles, and the opaque voter id of a keyless loopback server.
+
+`data_dir/keys.json` holds argon2 hashes, never keys. `data_dir/salt` turns voter ids into what is stored.
+Without keys the server answers loopback only, everyone is an operator, and requests that a foreign web page
+could have caused (a foreign Host or Origin) are refused. Does not count requests: `limits.py` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from argon2 import PasswordHasher
+from argon2.exceptions import Argon2Error, InvalidHashError
+
+from server.errors import StartupError
+from server.settings import Settings, is_loopback
+
+Role = Literal["user", "operator"]
+PREFIX = "plaudit"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a request speaks for."""
+
+    voter: str  # salted and hashed: what the database sees
+    role: Role
+    actor: str  # what the audit log sees: a key's id, or "local"
+
+    @property
+    def operator(self) -> bool:
+        return self.role == "operator"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of keys.json."""
+
+    id: str
+    hash: str  # argon2id of the secret part
+    role: Role
+    voter: str  # as given by the operator; hashed with the salt before it is stored with a vote
+    created: float  # Unix seconds
+
+
+class Keyring:
+    """The keys of one data directory. Re-reads the file when it changes. Safe to use from several threads."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = Path(data_dir) / "keys.json"
+        self._hasher = PasswordHasher()
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int] | None = None
+        self._keys: dict[str, Key] = {}
+        self._verified: dict[bytes, str] = {}  # sha256 of a presented key -> key id
+        self._read()
+
+    def __len__(self) -> int:
+        self._read()
+        return len(self._keys)
+
+    def list(self) -> list[Key]:
+        """The keys, oldest first."""
+        self._read()
+        return sorted(self._keys.values(), key=lambda key: key.created)
+
+    def create(self, role: Role, voter: str) -> str:
+        """Make a key and return it; it cannot be read again. Raises `ValueError` for a bad role or voter."""
+        if role not in ("user", "operator"):
+            raise ValueError(f"{role!r} is not a role: user or operator")
+        if not voter.strip():
+            raise ValueError("a key needs a voter id, such as the person's login")
+        self._read()
+        key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        key = Key(key_id, self._hasher.hash(secret), role, voter, time.time())
+        self._write({**self._keys, key_id: key})
+        return f"{PREFIX}-{key_id}-{secret}"
+
+    def revoke(self, key_id: str) -> bool:
+        """Forget the key; False when there is none of that id."""
+        self._read()
+        if key_id not in self._keys:
+            return False
+        self._write({k: v for k, v in self._keys.items() if k != key_id})
+        return True
+
+    def find(self, presented: str) -> Key | None:
+        """The key that `presented` is, or None. The first time costs an argon2 verification (tens of ms)."""
+        self._read()
+        digest = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).digest()
+        known = self._verified.get(digest)
+        if known is not None:
+            return self._keys.get(known)
+        prefix, _, rest = presented.partition("-")
+        key_id, _, secret = rest.partition("-")
+        key = self._keys.get(key_id)
+        if prefix != PREFIX or key is None or not secret:
+            return None
+        try:
+            self._hasher.verify(key.hash, secret)
+        except (Argon2Error, InvalidHashError):
+            return None
+        self._verified[digest] = key.id
+        return key
+
+    def is_cached(self, presented: str) -> bool:
+        """Whether `find` would answer without an argon2 verification."""
+        return hashlib.sha256(presented.encode("utf-8", "surrogatepass")).digest() in self._verified
+
+    def _read(self) -> None:
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            stamp = None
+        else:
+            stamp = (stat.st_mtime_ns, stat.st_size)
+        with self._lock:
+            if stamp == self._stamp:
+                return
+            keys: dict[str, Key] = {}
+            if stamp is not None:
+                try:
+                    rows = json.loads(self.path.read_text())["keys"]
+                    keys = {row["id"]: Key(**row) for row in rows}
+                except (ValueError, KeyError, TypeError) as error:
+                    raise StartupError(f"{self.path} is damaged: {error}. Restore it, or move it away") from error
+            self._keys, self._stamp, self._verified = keys, stamp, {}
+
+    def _write(self, keys: dict[str, Key]) -> None:
+        text = json.dumps({"keys": [asdict(key) for key in keys.values()]}, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".keys-")  # mode 0600
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        with self._lock:
+            self._stamp = None
+        self._read()
+
+
+class VoterHash:
+    """Turns voter ids into what is stored: HMAC-SHA256 under the data directory's salt, 128 bits in hex."""
+
+    def __init__(self, data_dir: Path) -> None:
+        path = Path(data_dir) / "salt"
+        try:
+            self._salt = path.read_bytes()
+        except FileNotFoundError:
+            self._salt = secrets.token_bytes(32)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._salt)
+                file.flush()
+                os.fsync(file.fileno())
+        if len(self._salt) < 16:
+            raise StartupError(f"{path} is damaged; restore it, or delete it and lose who cast which vote")
+
+    def __call__(self, voter: str) -> str:
+        return hmac.new(self._salt, voter.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+
+
+def check_bind(settings: Settings, keyring: Keyring) -> None:
+    """Refuse to serve others without keys. Raises `StartupError`."""
+    if not settings.loopback and not len(keyring):
+        raise StartupError(
+            f"refusing to listen on {settings.host} without keys: anyone could read and steer the assistant. "
+            f"Make one with `plaudit keys create --role operator --voter NAME --data-dir {settings.data_dir}`, "
+            "or listen on 127.0.0.1"
+        )
+
+
+def foreign_page(host: str | None, origin: str | None) -> bool:
+    """Whether a request to a keyless server may come from someone else's web page.
+
+    A browser names the page's origin on cross-site writes, and a rebound DNS name shows in Host.
+    """
+    name = urlsplit(f"//{host or ''}").hostname or ""
+    if not is_loopback(name):
+        return True
+    return origin is not None and not is_loopback(urlsplit(origin).hostname or "")

@@ -1,0 +1,94 @@
+"""How much one voter may ask for, and how large a body may be.
+
+Owns the counters and the ASGI layer that bounds request bodies and refuses what is not JSON.
+Does not know who is asking: it is given a voter.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError, error_response
+
+FAILED_KEYS = "30/minute"  # wrong keys per address: each costs an argon2 verification
+
+
+class Quota:
+    """Requests per voter, in a sliding window (the `limits` library)."""
+
+    def __init__(self, rate_requests: str, rate_chat: str) -> None:
+        self._rates = {"request": parse(rate_requests), "chat": parse(rate_chat), "failed key": parse(FAILED_KEYS)}
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def spend(self, kind: str, who: str) -> None:
+        """Count one `kind` (request, chat, failed key) of `who`. Raises 429 with the seconds to wait."""
+        rate = self._rates[kind]
+        if not self._limiter.hit(rate, kind, who):
+            reset = self._limiter.get_window_stats(rate, kind, who).reset_time
+            wait_s = max(1, math.ceil(reset - time.time()))
+            raise ApiError(429, f"over quota ({rate} for a {kind}); try again in {wait_s} s",
+                           code="rate_limit_exceeded", retry_after_s=wait_s)
+
+
+class BodyLimit:
+    """ASGI layer over `/v1/`: reads the body, stops reading at the limit (413), refuses other types than JSON (415)."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, upload_path: str) -> None:
+        self.app = app
+        self.max_body_bytes, self.max_upload_bytes, self.upload_path = max_body_bytes, max_upload_bytes, upload_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        upload = scope["path"] == self.upload_path and scope["method"] == "POST"
+        limit = self.max_upload_bytes if upload else self.max_body_bytes
+        headers = dict(scope["headers"])
+        try:
+            body = await self._read(headers, receive, limit)
+            if body and not _is_json(headers.get(b"content-type", b"")):
+                raise ApiError(415, "send JSON with Content-Type: application/json")
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if body is None:  # the client left
+            return
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes | None:
+        too_large = ApiError(413, f"the body is larger than {limit} bytes")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise too_large
+        chunks, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+def _is_json(content_type: bytes) -> bool:
+    media = content_type.split(b";")[0].strip().lower()
+    return media == b"application/json" or (media.startswith(b"application/") and media.endswith(b"+json"))
