@@ -177,7 +177,7 @@ def check_bind(settings: Settings, keyring: Keyring) -> None:
     if not settings.loopback and not len(keyring):
         raise StartupError(
             f"refusing to listen on {settings.host} without keys: anyone could read and steer the assistant. "
-            f"Make one with `plaudit keys create --role operator --voter NAME --data-dir {settings.data_dir}`, "
+            f"Make one with `plaudit keys add NAME --role operator --data-dir {settings.data_dir}`, "
             "or listen on 127.0.0.1"
         )
 
