@@ -1,4 +1,4 @@
-"""Keys and values of running sequences: one row each, rows 0..n-1 in use, written in place.
+"""Keys and values of running sequences: one row each, consecutive rows in use, written in place.
 
 Owns the memory and the two ways a forward pass meets it: `Prompt` (part of one row) and `Rows` (one new token in each
 running row). Which sequence has which row is the scheduler's affair. Rows are kept together, so a step reads slices
@@ -54,6 +54,10 @@ class KVCache:
         for kv in (self.keys, self.values):
             kv[:, dst, :, :length] = kv[:, src, :, :length]
 
+    def clear(self, row: int) -> None:
+        """Zero a row, so that a NaN in it cannot reach the next one to use it through a masked sum."""
+        self.keys[:, row] = self.values[:, row] = 0
+
 
 class Prompt:
     """Tokens start .. start+T of one row: written to the row, attending causally to all of it so far."""
@@ -77,14 +81,15 @@ class Prompt:
 
 
 class Rows:
-    """One token in each of rows 0..n-1, row i at position lengths[i]."""
+    """One token in each of n consecutive rows from `first`; the i-th has lengths[i] tokens already."""
 
-    def __init__(self, cache: KVCache, lengths: Sequence[int]) -> None:
-        self.cache, self.n, self.end = cache, len(lengths), max(lengths) + 1
-        cache.reserve(self.n, self.end)
+    def __init__(self, cache: KVCache, lengths: Sequence[int], first: int = 0) -> None:
+        self.cache, self.end = cache, max(lengths) + 1
+        self.first, self.last = first, first + len(lengths)
+        cache.reserve(self.last, self.end)
         device = cache.keys.device
         self.at = torch.tensor(lengths, device=device)  # (n,)
-        self.rows = torch.arange(self.n, device=device)
+        self.rows = torch.arange(first, self.last, device=device)
         self.positions = self.at[:, None]  # (n, 1)
         self.mask = None  # None: every row is as long as the longest
         if min(lengths) + 1 < self.end:
@@ -96,7 +101,7 @@ class Rows:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.rows, :, self.at] = k[:, :, 0]
         values[self.rows, :, self.at] = v[:, :, 0]
-        return keys[: self.n, :, : self.end], values[: self.n, :, : self.end]
+        return keys[self.first : self.last, :, : self.end], values[self.first : self.last, :, : self.end]
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -113,15 +113,18 @@ class Mixture:
                 a, b = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found], dim=1)
                 self.stacks[linear] = (a, b.T.contiguous(), ranks)  # (R, in), (R, out)
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
+        self.rows: tuple[int, ...] | None = None
 
     def choose(self, rows: Sequence[int]) -> None:
         """Say which adapter each row of the batch has: an index into `adapters`, -1 for the bare base."""
-        self.masks = {}
+        if self.rows == tuple(rows):
+            return
+        self.rows, self.masks = tuple(rows), {}
         one_for_all = self.count == 1 and all(row == 0 for row in rows)
         for a, _, ranks in self.stacks.values():
             if ranks not in self.masks:
-                owner = torch.repeat_interleave(torch.arange(self.count), torch.tensor(ranks))  # (R,)
-                mask = (torch.tensor(rows)[:, None] == owner).to(a)[:, None]  # (rows, 1, R)
+                owner = torch.arange(self.count).repeat_interleave(torch.tensor(ranks))  # (R,)
+                mask = (torch.tensor(rows)[:, None] == owner)[:, None].to(a)  # (rows, 1, R)
                 self.masks[ranks] = None if one_for_all else mask
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:

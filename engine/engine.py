@@ -1,0 +1,292 @@
+"""Continuous batching: sequences join and leave between decode steps, each pinned to its adapter version.
+
+Owns the running of one model: `step()` is the whole story. The queue and rows are the scheduler's
+(`engine/scheduler.py`), the arithmetic the model's (`engine/model.py`). Not thread-safe: one thread owns an Engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.cache import Prompt, Rows
+from engine.lora import AdapterError, Mixture
+from engine.model import CausalModel
+from engine.sampling import sample, uniform
+from engine.scheduler import QueueFull, Scheduler
+from engine.sequence import BASE, PromptRead, SamplingParams, Sequence
+from engine.stopping import StreamingText
+from engine.tokenizer import ChatTokenizer
+
+__all__ = [
+    "BASE", "Delta", "Engine", "EngineStats", "PromptTooLong", "QueueFull", "SamplingParams", "Sequence",
+    "UnknownVersion", "VersionInUse", "probe",
+]  # fmt: skip
+PREFILL_TOKENS = 512  # prompt tokens read per step at most, so that a long prompt does not hold up the others
+
+
+class PromptTooLong(Exception):
+    """Prompt and reply do not fit into the model's context; the message has the numbers."""
+
+
+class UnknownVersion(Exception):
+    """No adapter of that name is loaded."""
+
+
+class VersionInUse(Exception):
+    """The version still writes replies; unload it when they have ended."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to one sequence: one token, and the text that has become safe to show (may be "")."""
+
+    sequence: Sequence
+    text: str
+    finished: bool
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start, and how full the engine is now."""
+
+    running: int = 0
+    queued: int = 0
+    steps: int = 0
+    prefill_tokens: int = 0  # prompt tokens put through the model
+    tokens: int = 0  # tokens sampled
+    finished: int = 0
+    cancelled: int = 0
+    kv_bytes: int = 0
+
+
+class Engine:
+    """Runs one model for many sequences at once."""
+
+    def __init__(
+        self, model: CausalModel, tokenizer: ChatTokenizer, *, max_sequences: int = 32, max_context: int | None = None,
+        max_queue: int = 256,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer = model, tokenizer
+        self.max_context = min(max_context or model.max_context, model.max_context)
+        self.scheduler = Scheduler(max_sequences, max_queue)
+        self.stats = EngineStats()
+        # Row 0 is where a prompt is read; it is then copied for each reply, so that running sequence i has row i + 1.
+        self._cache = model.new_cache(max_sequences + 1, self.max_context)
+        self._ids = itertools.count()
+        self._eos = frozenset(tokenizer.eos_ids) | frozenset(model.eos_ids)
+        self._stack: Mixture | None = None
+        self._stacked: tuple[int, tuple[str, ...]] | None = None  # what it was made of
+
+    def add(self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str]) -> list[Sequence]:
+        """Queue `len(params)` replies to one prompt, reply i by versions[i]; those of one version share one prefill.
+
+        Raises QueueFull, PromptTooLong, UnknownVersion, or ValueError for an empty or impossible prompt; then
+        nothing was queued.
+        """
+        self._check(prompt_ids, params, versions)
+        self.scheduler.check_room(len(params))
+        return self._queue(prompt_ids, params, versions)
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """One new token for every running sequence; prompts join and finished sequences leave."""
+        hidden = [*self._decode(), *self._prefill()]
+        if not hidden:
+            return []
+        tokens, logprobs = self._sample(self.model.logits(torch.cat(hidden)))
+        deltas = [self._extend(*new) for new in zip(self.scheduler.running, tokens, logprobs, strict=True)]
+        self._leave(delta.sequence for delta in deltas if delta.finished)
+        self.stats.steps += 1
+        self.stats.tokens += len(deltas)
+        self.stats.finished += sum(delta.finished for delta in deltas)
+        return deltas
+
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """End these sequences now; their rows are free for the next step. Harmless for finished ones."""
+        alive = [s for s in sequences if not s.finished]
+        for s in alive:
+            s.finish_reason = "cancelled"
+        self.stats.cancelled += len(alive)
+        self._leave(alive)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work()
+
+    def versions(self) -> list[str]:
+        """What a sequence may be written by: "base" and the loaded adapters."""
+        return [BASE, *self.model.lora.names()]
+
+    def load_version(self, name: str, path: str | Path) -> None:
+        """Load a PEFT directory beside the others. Raises AdapterError."""
+        if name in self.versions():
+            raise AdapterError(
+                f"a version named {name!r} is already loaded: versions never change, use a new name"
+            )
+        self.model.lora.load(name, path)
+
+    def unload_version(self, name: str) -> None:
+        """Forget a version. Raises VersionInUse while a reply is pinned to it, UnknownVersion when there is none."""
+        if name == BASE or name not in self.versions():
+            raise UnknownVersion(
+                f"no adapter version {name!r} is loaded: there are {', '.join(self.versions())}"
+            )
+        if name in self.scheduler.versions():
+            raise VersionInUse(f"version {name!r} is still writing replies")
+        self.model.lora.delete(name)
+
+    def generate(
+        self, prompts: list[list[int]], params: list[SamplingParams], version: str = BASE
+    ) -> list[Sequence]:
+        """Replies to many prompts (one each), in order. For rollouts: on an engine of one's own, without a queue bound.
+
+        Consecutive equal prompts share one prefill. Raises as `add` does.
+        """
+        for prompt, p in zip(prompts, params, strict=True):
+            self._check(prompt, [p], [version])
+        sequences: list[Sequence] = []
+        pairs = zip(prompts, params, strict=True)
+        for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            replies = [p for _, p in group]
+            sequences += self._queue(prompt, replies, [version] * len(replies))
+        while self.has_work():
+            self.step()
+        return sequences
+
+    def _queue(
+        self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str]
+    ) -> list[Sequence]:
+        sequences = [
+            Sequence(next(self._ids), prompt_ids, p, version, streaming=StreamingText(self.tokenizer, p.stop))
+            for p, version in zip(params, versions, strict=True)
+        ]
+        for version in dict.fromkeys(versions):
+            mine = [s for s in sequences if s.version == version]
+            for at in range(0, len(mine), self.scheduler.max_sequences):
+                self.scheduler.add(
+                    PromptRead(prompt_ids, version, mine[at : at + self.scheduler.max_sequences])
+                )
+        self._count()
+        return sequences
+
+    def _check(self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str]) -> None:
+        for version in versions:
+            if version not in self.versions():
+                raise UnknownVersion(
+                    f"no version {version!r} is loaded: there are {', '.join(self.versions())}"
+                )
+        if not prompt_ids or not params:
+            raise ValueError("a prompt needs at least one token, and at least one reply to be asked for")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.model.vocab_size:
+            raise ValueError(
+                f"token ids must be between 0 and {self.model.vocab_size - 1}: is this the model's tokenizer?"
+            )
+        longest = max(p.max_tokens for p in params)
+        if len(prompt_ids) + longest > self.max_context:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens and {longest} more were asked for, together over the limit "
+                f"of {self.max_context}: shorten the conversation or lower max_tokens"
+            )
+
+    def _decode(self) -> list[Tensor]:
+        """Feed every running sequence its newest token: [(n, D)]."""
+        running = self.scheduler.running
+        if not running:
+            return []
+        ids = torch.tensor([[s.token_ids[-1]] for s in running], device=self.model.device)
+        rows = Rows(self._cache, [s.cached for s in running], first=1)
+        adapter = self._adapter([s.version for s in running])
+        return [self.model(ids, adapter=adapter, cache=rows)[:, -1]]
+
+    def _prefill(self) -> list[Tensor]:
+        """Read waiting prompts, up to a budget of tokens; where one is done, its sequences join: [(K, D), ...]."""
+        budget, hidden = PREFILL_TOKENS, []
+        while budget > 0 and (read := self.scheduler.next_read()):
+            count = min(read.left, budget)
+            ids = torch.tensor([read.prompt_ids[read.done : read.done + count]], device=self.model.device)
+            adapter = self._adapter([read.version])
+            span = Prompt(self._cache, 0, read.done, count)
+            last = self.model(ids, adapter=adapter, cache=span)[:, -1]  # (1, D)
+            read.done += count
+            budget -= count
+            self.stats.prefill_tokens += count
+            if not read.left:
+                for row in self.scheduler.join(read):
+                    self._cache.reserve(row + 2, 0)
+                    self._cache.copy(0, row + 1, len(read.prompt_ids))
+                hidden.append(last.expand(len(read.sequences), -1))
+        return hidden
+
+    def _adapter(self, versions: list[str]) -> Mixture | None:
+        """The adapters of a batch whose row i is by versions[i]; only versions that are running are stacked."""
+        names = tuple(sorted(self.scheduler.active_versions() - {BASE}))
+        made_of = (self.model.lora.revision, names)
+        if self._stacked != made_of:
+            self._stack = self.model.lora.mixture(names) if names else None
+            self._stacked = made_of
+        if self._stack is not None:
+            self._stack.choose(tuple(names.index(v) if v != BASE else -1 for v in versions))
+        return self._stack
+
+    def _sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        running = self.scheduler.running
+        return sample(
+            logits,
+            [s.params.temperature for s in running],
+            [s.params.top_p for s in running],
+            [uniform(s.params.seed, len(s.token_ids)) for s in running],
+        )
+
+    def _extend(self, s: Sequence, token: int, logprob: float) -> Delta:
+        """Append one token and decide whether the sequence ends with it."""
+        if not math.isfinite(logprob):  # this version's arithmetic broke down: only its own replies end
+            self._cache.clear(self.scheduler.running.index(s) + 1)
+            s.finish_reason = "cancelled"
+            return Delta(s, "", True)
+        s.token_ids.append(token)
+        s.logprobs.append(logprob)
+        assert s.streaming is not None
+        if token in self._eos and not s.params.ignore_eos:
+            s.finish_reason = "stop"
+            text = s.streaming.flush()
+        else:
+            text = s.streaming.push(token)
+            if s.streaming.stopped:
+                s.finish_reason = "stop"
+            elif len(s.token_ids) == s.params.max_tokens:
+                s.finish_reason = "length"
+                text += s.streaming.flush()
+                if s.streaming.stopped:  # the last characters were held back, and completed a stop string
+                    s.finish_reason = "stop"
+        s.text += text
+        return Delta(s, text, s.finished)
+
+    def _leave(self, gone: Iterable[Sequence]) -> None:
+        for sequence, src, dst in self.scheduler.remove(gone):
+            self._cache.copy(src + 1, dst + 1, sequence.cached)
+        self._count()
+
+    def _count(self) -> None:
+        self.stats.running, self.stats.queued = len(self.scheduler.running), self.scheduler.queued
+        self.stats.kv_bytes = self._cache.bytes
+        if not self.has_work():
+            self._stacked = self._stack = None  # an adapter may be trained while nothing runs
+
+
+@torch.inference_mode()
+def probe(model: CausalModel, adapter: str | None, prompt_ids: list[int], top: int = 32) -> dict[str, Any]:
+    """What a version says next after `prompt_ids`: the `top` likeliest tokens and their log-probabilities (nats).
+
+    Published with an adapter and compared after loading it: the proof that what is served is what was made.
+    """
+    hidden = model(torch.tensor([prompt_ids], device=model.device), adapter=adapter)[:, -1]
+    logprobs, ids = model.logits(hidden)[0].log_softmax(-1).topk(min(top, model.vocab_size))
+    return {"prompt_ids": list(prompt_ids), "top_ids": ids.tolist(), "top_logprobs": logprobs.tolist()}

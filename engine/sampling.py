@@ -1,0 +1,82 @@
+"""Choosing tokens from logits. Pure: tensors and numbers in, tokens and log-probabilities out.
+
+Every choice is made from one uniform number that depends only on (seed, position), by inverting the row's cumulative
+distribution. So a sequence's tokens do not depend on what else is in the batch, and a batch is sampled in a few
+operations, not one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), 53 bits, from a seed and a position: splitmix64's output function (Steele et al. 2014), chained."""
+    return (_mix(_mix(seed & MASK) ^ position) >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def sample(
+    logits: Tensor, temperatures: Sequence[float], top_ps: Sequence[float], uniforms: Sequence[float]
+) -> tuple[list[int], list[float]]:
+    """One token per row, and its log-probability in nats.
+
+    logits: (n, V) float32. The log-probability is under the full softmax of logits / temperature, before top-p; a
+    temperature of 0 takes the likeliest token and reports at temperature 1. A row with a NaN gives NaN.
+    """
+    if any(t not in (0, 1) for t in temperatures):
+        logits = logits / torch.tensor([[t or 1.0] for t in temperatures], device=logits.device)
+    log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    greedy = [t == 0 for t in temperatures]
+    if all(greedy):
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        probs = (logits - log_total).exp()
+        if any(p < 1 for p in top_ps):
+            probs = nucleus(probs, torch.tensor(top_ps, device=logits.device))
+        tokens = invert(probs, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+        if any(greedy):
+            tokens = torch.where(
+                torch.tensor(greedy, device=logits.device)[:, None], logits.argmax(-1, keepdim=True), tokens
+            )
+    logprobs = logits.gather(-1, tokens) - log_total
+    return tokens[:, 0].tolist(), logprobs[:, 0].tolist()
+
+
+def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """(n, V) weights, (n,) numbers in [0, 1) -> (n, 1): the first token whose cumulative share exceeds the number."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)
+
+
+def nucleus(probs: Tensor, top_ps: Tensor) -> Tensor:
+    """Probabilities (n, V) with the tail cleared: kept are the fewest likeliest tokens that together reach top_p (n,).
+
+    Holtzman et al. 2020. The likeliest token is always kept. Not renormalised.
+    """
+    kept = probs.clone()
+    rows = (top_ps < 1).nonzero()[:, 0]
+    count = min(
+        256, probs.shape[-1]
+    )  # the nucleus is nearly always small, and a full sort of a big vocabulary slow
+    while True:
+        top, index = probs[rows].topk(count, dim=-1)  # (rows, count), likeliest first
+        total = top.cumsum(-1)
+        if count == probs.shape[-1] or bool((total[:, -1] >= top_ps[rows]).all()):
+            break
+        count = min(8 * count, probs.shape[-1])
+    inside = (total - top) < top_ps[rows, None]  # what was gathered before this token had not reached top_p
+    kept[rows] = torch.zeros_like(probs[rows]).scatter_(-1, index, top * inside)
+    return kept
