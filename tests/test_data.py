@@ -1,0 +1,126 @@
+"""Votes to examples, folds and digests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.data import RankedExample, data_digest, deal, examples_from_votes, split_folds
+
+
+class Letters:
+    """A tokenizer whose ids are character codes; it refuses a conversation that does not start with the user."""
+
+    eos_ids = (0,)
+
+    def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
+        if messages[0]["role"] == "assistant":
+            raise ValueError("must start with the user")
+        return [ord(ch) for m in messages for ch in m["role"][0] + m["content"]]
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(ch) for ch in text]
+
+
+def vote(seq: int, groups: list, kind: str = "favourite", role: str = "user", voter: str = "ann", text: str = "hi") -> SimpleNamespace:
+    replies = [
+        SimpleNamespace(index=1, text="b", token_ids=[]),
+        SimpleNamespace(index=0, text="a", token_ids=[7, 8, 0]),
+    ]
+    comparison = SimpleNamespace(
+        id=f"c{seq}", conversation_id=f"k{seq}", messages=[{"role": role, "content": text, "id": 3}], completions=replies
+    )
+    return SimpleNamespace(comparison=comparison, vote=SimpleNamespace(id=seq, seq=seq, voter=voter, kind=kind, groups=groups))
+
+
+def example(prompt: str, voter: str, n: int, conversation: str | None = None) -> RankedExample:
+    return RankedExample((1, 2), ((3,), (4,)), ((0,), (1,)), voter, prompt, conversation or f"c{n}", str(n), str(n), n)
+
+
+def test_examples_keep_sampled_ids_and_encode_imported_text_with_an_end() -> None:
+    (got,) = examples_from_votes([vote(1, [[0], [1]])], Letters())
+    assert got.prompt_ids == (ord("u"), ord("h"), ord("i"))
+    assert got.completions_ids == ((7, 8, 0), (ord("b"), 0))  # in the order of the index, not of the list
+    assert got.strict == [(0, 1)] and got.tied == []
+
+
+def test_votes_come_oldest_first_and_those_that_rank_nothing_are_left_out() -> None:
+    votes = [vote(3, [[1], [0]]), vote(2, [], "none"), vote(1, [[0, 1]], "tie"), vote(4, [[0]], "ranking"), vote(5, [[0], [1]], role="assistant")]
+    got = examples_from_votes(votes, Letters())
+    assert [e.seq for e in got] == [1, 3]
+    assert got[0].tied == [(0, 1)] and got[0].strict == []
+
+
+def test_the_replies_that_were_not_the_favourite_are_not_called_equal() -> None:
+    (favourite,) = examples_from_votes([vote(1, [[0], [1, 2]])], Letters())
+    (ranking,) = examples_from_votes([vote(1, [[0], [1, 2]], "ranking")], Letters())
+    assert favourite.tied == [] and ranking.tied == [(1, 2)]
+
+
+def test_the_digest_ignores_order_and_sees_every_change() -> None:
+    a, b = examples_from_votes([vote(1, [[0], [1]]), vote(2, [[1], [0]])], Letters())
+    assert data_digest([a, b]) == data_digest([b, a])
+    flipped = examples_from_votes([vote(1, [[1], [0]]), vote(2, [[1], [0]])], Letters())
+    assert data_digest(flipped) != data_digest([a, b])
+    assert data_digest([a]) != data_digest([a, b])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 8)), min_size=2, max_size=40),
+    st.integers(2, 5), st.integers(0, 3),
+)  # fmt: skip
+def test_no_prompt_conversation_or_voter_is_on_both_sides(rows: list[tuple[int, int, int]], k: int, seed: int) -> None:
+    examples = [example(f"p{p}", f"v{v}", n, f"c{c}") for n, (p, v, c) in enumerate(rows)]
+    try:
+        split = split_folds(examples, k, seed)
+    except ValueError:
+        return
+    tested = [i for fold in split.folds for i in fold.test]
+    assert len(tested) == len(set(tested))
+    for fold in split.folds:
+        assert fold.train and fold.test
+        train, test = ([examples[i] for i in side] for side in (fold.train, fold.test))
+        assert not {e.prompt_key for e in train} & {e.prompt_key for e in test}
+        assert not {e.conversation for e in train} & {e.conversation for e in test}
+        if split.by == "prompt and voter":
+            assert not {e.voter for e in train} & {e.voter for e in test}
+
+
+def test_one_voter_is_split_by_prompt_and_it_is_said() -> None:
+    split = split_folds([example(f"p{n}", "ann", n) for n in range(12)], 4, 0)
+    assert split.by == "prompt" and "one voter" in split.note
+    assert sorted(i for fold in split.folds for i in fold.test) == list(range(12))
+    assert [len(fold.test) for fold in split.folds] == [3, 3, 3, 3]
+
+
+def test_voters_with_prompts_of_their_own_are_held_out_whole() -> None:
+    split = split_folds([example(f"p{n}", f"v{n % 4}", n) for n in range(24)], 4, 0)
+    assert split.by == "prompt and voter" and len(split.folds) == 4
+    assert sorted(i for fold in split.folds for i in fold.test) == list(range(24))
+
+
+def test_voters_who_share_prompts_get_a_grid_and_all_votes_are_tested() -> None:
+    split = split_folds([example(f"p{n // 3}", f"v{n % 3}", n) for n in range(36)], 3, 0)
+    assert split.by == "prompt and voter" and len(split.folds) == 6
+    assert sorted(i for fold in split.folds for i in fold.test) == list(range(36))
+
+
+def test_a_voter_with_most_of_the_votes_is_not_held_out() -> None:
+    examples = [example(f"p{n}", "ann" if n < 9 else "bob", n) for n in range(12)]
+    assert split_folds(examples, 3, 0).note == "one voter gave 9 of 12 votes: split by prompt alone"
+
+
+def test_one_prompt_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="one prompt"):
+        split_folds([example("p", "ann", n) for n in range(5)], 3, 0)
+
+
+def test_dealing_fills_bins_evenly_and_depends_only_on_the_seed() -> None:
+    labels = ["a"] * 5 + ["b"] * 3 + ["c"] * 2 + ["d", "e"]
+    bins = deal(labels, 3, 1)
+    assert sorted(bins.count(b) for b in range(3)) == [3, 4, 5]
+    assert bins == deal(labels, 3, 1)
