@@ -1,0 +1,347 @@
+"""The chat page: type, watch the replies stream side by side, pick one, go on.
+
+Owns which event changes what on the page. State is in `ui.exchange`, HTML in `ui.cards`, the wire in `ui.client`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from ui import cards
+from ui.client import ApiClient, Piece, Problem, Visitor
+from ui.exchange import Chat, Turn
+from ui.pace import paced
+from ui.sentences import status_line
+from ui.theme import ACTING, HIDDEN
+
+POLL_S = 2.0
+MAX_REPLIES = 4
+
+
+def new_identity(identity: Any) -> dict[str, str]:
+    """What this browser keeps: a random voter id, made once, and perhaps a key."""
+    known = identity if isinstance(identity, dict) else {}
+    return {"voter": str(known.get("voter") or secrets.token_urlsafe(18)), "key": str(known.get("key") or "")}
+
+
+def visitor_of(identity: Any, request: gr.Request) -> Visitor:
+    """Who the browser behind `request` is."""
+    known, headers = new_identity(identity), request.headers
+    return Visitor(known["voter"], known["key"], headers.get("host") or "", headers.get("origin") or "")
+
+
+def turns_of(conversation: dict[str, Any]) -> list[Turn]:
+    """The turns of a stored conversation, from its messages in order."""
+    turns: list[Turn] = []
+    question: str | None = None
+    for row in conversation.get("messages") or []:
+        role, content = row.get("role"), row.get("content")
+        if not isinstance(content, str):
+            continue
+        if role == "user":
+            if question is not None:
+                turns.append(Turn(question, None, None, "No reply was kept"))
+            question = content
+        elif role == "assistant" and question is not None:
+            turns.append(Turn(question, content, row.get("version")))
+            question = None
+    return turns if question is None else [*turns, Turn(question, None, None, "No reply was kept")]
+
+
+class _Page:
+    """The event handlers of the chat page, over one client."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self.client = client
+
+    async def opened(self, identity: Any, request: gr.Request) -> tuple[Any, ...]:
+        """identity, masthead, history, status, key panel, chat: what a fresh page shows."""
+        identity = new_identity(identity)
+        who, chat = visitor_of(identity, request), Chat()
+        try:
+            status = await self.client.status(who)
+        except Problem as problem:
+            return identity, cards.masthead("chat"), cards.past([], None), cards.trouble(problem), _shown(problem.needs_key), chat
+        chat.live_when_opened = status.get("live")
+        return (
+            identity, cards.masthead("chat", status.get("live")), await self.listed(who, chat),
+            status_line(status), _shown(False), chat,
+        )
+
+    async def listed(self, who: Visitor, chat: Chat) -> str:
+        """The list of past conversations; empty when it cannot be had."""
+        try:
+            return cards.past(await self.client.conversations(who), chat.conversation_id)
+        except Problem:
+            return cards.past([], None)
+
+    async def tick(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
+        """masthead, status: asked for every two seconds."""
+        try:
+            status = await self.client.status(visitor_of(identity, request))
+        except Problem as problem:
+            return gr.skip(), cards.trouble(problem)
+        chat.live_when_opened = chat.live_when_opened or status.get("live")
+        return (
+            cards.masthead("chat", status.get("live")),
+            status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened),
+        )
+
+    async def typed(
+        self, text: str, n: int, chat: Chat, identity: Any, request: gr.Request
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """A message was sent from the box."""
+        async for update in self.converse(text, n, chat, visitor_of(identity, request)):
+            yield update
+
+    async def asked(
+        self, n: int, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """An example was clicked, or the last message is tried again."""
+        text = event._data.get("text") or ""
+        if event._data.get("act") == "retry":
+            text = chat.message
+            if chat.choice == "none":  # nothing of it goes on; do not keep an empty turn as well
+                chat.phase = "stopped"
+        async for update in self.converse(text, n, chat, visitor_of(identity, request)):
+            yield update
+
+    async def converse(self, text: str, n: int, chat: Chat, who: Visitor) -> AsyncIterator[tuple[Any, ...]]:
+        """box, thread, exchange, send, stop, edit panel, key panel, chat: while the replies are written."""
+        text, n = (text or "").strip(), min(MAX_REPLIES, max(2, int(n)))
+        if not text or chat.phase == "streaming":
+            yield (gr.skip(),) * 8
+            return
+        messages = chat.begin(text, n)
+        number = chat.number
+        source = self.client.chat(who, messages, n, chat.conversation_id)
+        yield "", cards.thread(chat), cards.exchange(chat), _shown(False), _shown(True), _shown(False), gr.skip(), chat
+        same: list[Any] = [gr.skip()] * 8
+        problem: Problem | None = None
+        try:
+            async for batch in paced(source):
+                if chat.number != number or chat.phase != "streaming":
+                    return
+                _take_in(chat, batch)
+                yield *same[:2], cards.exchange(chat), *same[3:]
+        except Problem as raised:
+            problem = raised
+        if chat.number != number or chat.phase != "streaming":
+            return
+        if problem is None and chat.comparison_id is None:
+            problem = Problem("The server sent no replies that can be voted on. Please try again.")
+        chat.phase, chat.problem = ("failed", str(problem)) if problem else ("choosing", "")
+        yield (
+            text if problem else gr.skip(), gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(),
+            _shown(True) if problem and problem.needs_key else gr.skip(), chat,
+        )
+
+    def stop(self, chat: Chat) -> tuple[Any, ...]:
+        """exchange, send, stop, chat: the person has read enough. The stream itself is cancelled by Gradio."""
+        if chat.phase == "streaming":
+            chat.phase = "stopped"
+        return cards.exchange(chat), _shown(True), _shown(False), chat
+
+    async def act(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
+        """exchange, status, edit panel, edit box, key panel, chat: a card or a button of the exchange was used."""
+        data, who = event._data, visitor_of(identity, request)
+        act, index = data.get("act"), _index(data, chat)
+        if chat.comparison_id is None or chat.phase not in ("choosing", "voted"):
+            return (*(gr.skip(),) * 5, chat)
+        if act == "edit":
+            return _open_editor(chat, index)
+        if act == "undo":
+            return await self.undo(chat, who)
+        choice = index if act == "pick" else act if act in ("tie", "none") else None
+        if choice is None or (choice == chat.choice and chat.phase == "voted"):
+            return (*(gr.skip(),) * 5, chat)
+        return await self.cast(chat, who, choice, None)
+
+    async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None) -> tuple[Any, ...]:
+        """Send the vote; the page says it is saved only after the server has said so."""
+        before = chat.choice, chat.edit
+        chat.choice, chat.edit = choice, edit
+        try:
+            answer = await self.client.vote(who, str(chat.comparison_id), chat.vote())
+        except Problem as problem:
+            chat.choice, chat.edit = before
+            chat.problem = f"Your pick is not saved. {problem}"
+            return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), _shown(problem.needs_key), chat
+        chat.reveal(answer.get("choices"))
+        chat.phase, chat.problem, chat.editing = "voted", "", None
+        chat.saved = _saved(choice, edit)
+        return cards.exchange(chat), await self.line(chat, who), _shown(False), gr.skip(), gr.skip(), chat
+
+    async def undo(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
+        """Withdraw the vote."""
+        try:
+            await self.client.withdraw(who, str(chat.comparison_id))
+        except Problem as problem:
+            chat.problem = f"Your pick could not be taken back. {problem}"
+            return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), gr.skip(), chat
+        chat.choice = chat.edit = chat.editing = None
+        chat.phase, chat.problem, chat.saved = "choosing", "", "Your pick is taken back."
+        return cards.exchange(chat), await self.line(chat, who), _shown(False), gr.skip(), gr.skip(), chat
+
+    async def save_edit(self, text: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
+        """exchange, status, edit panel, edit box, key panel, chat: the edited reply is the vote now."""
+        text, index = (text or "").strip(), chat.editing
+        if index is None or not text:
+            return gr.skip(), gr.skip(), _shown(bool(index is not None)), gr.skip(), gr.skip(), chat
+        choice = "none" if index < 0 else index
+        unchanged = index >= 0 and text == chat.replies[index].text.strip()
+        return await self.cast(chat, visitor_of(identity, request), choice, None if unchanged else text)
+
+    async def line(self, chat: Chat, who: Visitor) -> str:
+        """The status line as of now."""
+        try:
+            status = await self.client.status(who)
+        except Problem:
+            status = {}
+        return status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)
+
+    async def restart(self, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
+        """thread, exchange, send, stop, edit panel, history, chat: a new conversation."""
+        fresh = Chat(live_when_opened=chat.live_when_opened, number=chat.number + 1)
+        chat.phase = "stopped"
+        return await self._switched(fresh, visitor_of(identity, request))
+
+    async def past(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
+        """The same outputs: an old conversation was opened or erased."""
+        who, data = visitor_of(identity, request), event._data
+        fresh = Chat(live_when_opened=chat.live_when_opened, number=chat.number + 1)
+        chosen = str(data.get("id") or "")
+        chat.phase = "stopped" if chat.phase == "streaming" else chat.phase
+        try:
+            if data.get("act") == "erase":
+                await self.client.erase(who, chosen)
+                if chosen != chat.conversation_id:
+                    return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
+            else:
+                fresh.turns = turns_of(await self.client.conversation(who, chosen))
+                fresh.conversation_id = chosen
+        except Problem as problem:
+            gr.Warning(str(problem))
+            return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
+        return await self._switched(fresh, who)
+
+    async def _switched(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
+        return (
+            cards.thread(chat), cards.exchange(chat), _shown(True), _shown(False), _shown(False),
+            await self.listed(who, chat), chat,
+        )
+
+    async def refresh(self, chat: Chat, identity: Any, request: gr.Request) -> str:
+        """The list of past conversations after an exchange."""
+        return await self.listed(visitor_of(identity, request), chat)
+
+    def keep_key(self, key: str, identity: Any) -> tuple[Any, ...]:
+        """identity, key box: remember the key in this browser; an empty one forgets it."""
+        return new_identity(identity) | {"key": (key or "").strip()}, ""
+
+
+def _take_in(chat: Chat, batch: list[Piece]) -> None:
+    for piece in batch:
+        chat.add(piece.index, piece.text, piece.finish_reason)
+        chat.comparison_id = piece.comparison_id or chat.comparison_id
+        chat.conversation_id = piece.conversation_id or chat.conversation_id
+
+
+def _open_editor(chat: Chat, index: int | None) -> tuple[Any, ...]:
+    if index is None:
+        index = chat.choice if isinstance(chat.choice, int) else -1 if chat.choice == "none" else None
+    if index is None:
+        chat.problem = "Pick a reply first, then press E to improve it."
+        return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), gr.skip(), chat
+    chat.editing, chat.problem = index, ""
+    text = chat.edit if chat.edit and chat.choice in (index, "none") else chat.replies[index].text if index >= 0 else ""
+    label = f"Make reply {index + 1} better" if index >= 0 else "Write the reply you would have liked"
+    return cards.exchange(chat), gr.skip(), _shown(True), gr.update(value=text, label=label), gr.skip(), chat
+
+
+def _index(data: dict[str, Any], chat: Chat) -> int | None:
+    try:
+        index = int(data["index"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return index if 0 <= index < len(chat.replies) else None
+
+
+def _saved(choice: Any, edit: str | None) -> str:
+    if edit:
+        return "Your better reply is saved."
+    return {"tie": "Your tie is saved.", "none": "Saved: none of these was good."}.get(choice, "Your pick is saved.")
+
+
+def _shown(visible: bool) -> Any:
+    return gr.update(visible=visible)
+
+
+def build_chat(api_url: str) -> gr.Blocks:
+    """The chat page, talking to the API at `api_url`. Mount it with `ui.mount`, which brings its styles and keys."""
+    on = _Page(ApiClient(api_url))
+    with gr.Blocks(title="Plaudit", analytics_enabled=False, fill_width=True) as page:
+        identity = gr.BrowserState(None, storage_key="plaudit.visitor", secret="plaudit.visitor")
+        chat = gr.State(Chat())
+        with gr.Sidebar(open=False, width=280, elem_id="sidebar"):
+            fresh = gr.Button("New conversation", elem_id="fresh", size="md")
+            history = gr.HTML(cards.past([], None), js_on_load=ACTING, elem_id="history", apply_default_css=False)
+        masthead = gr.HTML(cards.masthead("chat"), elem_id="top", js_on_load=None, apply_default_css=False)
+        with gr.Column(elem_id="page"):
+            with gr.Column(visible=False, elem_id="key-panel", elem_classes="panel") as key_panel:
+                key = gr.Textbox(
+                    label="Key", type="password", elem_id="key",
+                    info="This server asks for a key. It is kept in this browser only.",
+                )
+                keep = gr.Button("Use this key", variant="primary", elem_id="use-key")
+            thread = gr.HTML(cards.thread(Chat()), js_on_load=ACTING, elem_id="thread", apply_default_css=False)
+            exchange = gr.HTML("", js_on_load=ACTING, elem_id="exchange", apply_default_css=False)
+            with gr.Column(visible=False, elem_id="editor", elem_classes="panel") as editor:
+                draft = gr.Textbox(label="Make it better", lines=4, max_lines=12, elem_id="draft", autofocus=True)
+                with gr.Row():
+                    save = gr.Button("Save as the best reply", variant="primary", elem_id="save-edit")
+                    drop = gr.Button("Cancel", elem_id="cancel-edit")
+        with gr.Column(elem_id="dock"):
+            with gr.Row(elem_id="composer"):
+                box = gr.Textbox(
+                    show_label=False, label="Your message", placeholder="Write a message", lines=1, max_lines=6,
+                    autofocus=True, container=False, scale=1, elem_id="box", max_length=20_000,
+                )
+                replies = gr.Dropdown(
+                    [(f"{n} replies", n) for n in range(2, MAX_REPLIES + 1)], value=2, label="How many replies",
+                    show_label=False, container=False, filterable=False, elem_id="replies", min_width=104, scale=0,
+                )
+                send = gr.Button("Send", variant="primary", elem_id="send", scale=0, min_width=84)
+                stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=0, min_width=84, visible=False)
+            status = gr.HTML("", elem_id="status", js_on_load=None, apply_default_css=False)
+        timer = gr.Timer(POLL_S)
+
+        opened = [identity, masthead, history, status, key_panel, chat]
+        talk = [box, thread, exchange, send, stop, editor, key_panel, chat]
+        acted = [exchange, status, editor, draft, key_panel, chat]
+        switched = [thread, exchange, send, stop, editor, history, chat]
+        page.load(on.opened, [identity], opened, **HIDDEN)
+        timer.tick(on.tick, [identity, chat], [masthead, status], **HIDDEN)
+        streams = [
+            box.submit(on.typed, [box, replies, chat, identity], talk, **HIDDEN),
+            send.click(on.typed, [box, replies, chat, identity], talk, **HIDDEN),
+            thread.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
+            exchange.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
+        ]
+        for stream in streams:
+            stream.then(on.refresh, [chat, identity], [history], **HIDDEN)
+        stop.click(on.stop, [chat], [exchange, send, stop, chat], cancels=streams, **HIDDEN)
+        exchange.act(on.act, [chat, identity], acted, **HIDDEN)
+        save.click(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
+        draft.submit(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
+        drop.click(lambda: _shown(False), None, [editor], **HIDDEN)
+        fresh.click(on.restart, [chat, identity], switched, cancels=streams, **HIDDEN)
+        history.act(on.past, [chat, identity], switched, cancels=streams, **HIDDEN)
+        for trigger in (keep.click, key.submit):
+            trigger(on.keep_key, [key, identity], [identity, key], **HIDDEN).then(on.opened, [identity], opened, **HIDDEN)
+    page.queue(default_concurrency_limit=None, api_open=False)
+    return page

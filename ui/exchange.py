@@ -1,0 +1,106 @@
+"""One visitor's conversation as the chat page holds it: settled turns, and the exchange that is open now.
+
+    empty -> streaming -> choosing -> voted -> (next message settles it) -> streaming ...
+                      \-> stopped | failed
+
+Owns what the next request's history is. Knows nothing of HTML, HTTP or Gradio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Phase = Literal["empty", "streaming", "choosing", "voted", "stopped", "failed"]
+
+
+@dataclass
+class Reply:
+    """One of the replies of the open exchange, as far as it has come."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    version: str | None = None  # known after the vote
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message and the reply that the conversation went on with; `reply` is None where none was good."""
+
+    message: str
+    reply: str | None
+    version: str | None = None
+    note: str = ""
+
+
+@dataclass
+class Chat:
+    """The state of one browser tab."""
+
+    conversation_id: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+    phase: Phase = "empty"
+    message: str = ""
+    replies: list[Reply] = field(default_factory=list)
+    comparison_id: str | None = None
+    choice: int | Literal["tie", "none"] | None = None
+    edit: str | None = None
+    editing: int | None = None  # the reply in the edit box; -1 is a reply written from nothing
+    problem: str = ""
+    saved: str = ""  # what happened to the last vote, as a sentence
+    live_when_opened: str | None = None
+    number: int = 0  # of the open exchange, counted up
+
+    def history(self) -> list[dict[str, str]]:
+        """The settled turns as chat messages; turns without a reply stay out, so that roles alternate."""
+        messages = []
+        for turn in self.turns:
+            if turn.reply is not None:
+                messages += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.reply}]
+        return messages
+
+    def begin(self, message: str, n: int) -> list[dict[str, str]]:
+        """Settle what is open, open an exchange of `n` replies to `message`, and return the messages to send."""
+        self.settle()
+        self.message, self.replies, self.phase = message, [Reply() for _ in range(n)], "streaming"
+        self.number += 1
+        return [*self.history(), {"role": "user", "content": message}]
+
+    def settle(self) -> None:
+        """Make the open exchange a turn: with the favourite, with its edit, or with reply 1 if nobody said otherwise."""
+        if self.phase in ("choosing", "voted"):
+            self.turns.append(self._settled())
+        self.phase, self.message, self.replies, self.comparison_id = "empty", "", [], None
+        self.choice = self.edit = self.editing = None
+        self.problem = self.saved = ""
+
+    def _settled(self) -> Turn:
+        if self.choice == "none":
+            note = "You wrote this reply" if self.edit else "None of the replies was good, so this is not part of the conversation"
+            return Turn(self.message, self.edit, None, note)
+        reply = self.replies[self.choice if isinstance(self.choice, int) else 0]
+        if self.edit:
+            return Turn(self.message, self.edit, reply.version, "Edited by you")
+        notes = {"tie": "A tie; the conversation went on with reply 1", None: "Not picked; the conversation went on with reply 1"}
+        note = "" if isinstance(self.choice, int) else notes[self.choice]
+        return Turn(self.message, reply.text, reply.version, note)
+
+    def add(self, index: int | None, text: str, finish_reason: str | None) -> None:
+        """Append what one streamed piece brought; indices that were not asked for are ignored."""
+        if index is not None and 0 <= index < len(self.replies):
+            reply = self.replies[index]
+            reply.text += text
+            reply.finish_reason = finish_reason or reply.finish_reason
+
+    def vote(self) -> dict[str, Any]:
+        """The vote of the choice made, as the API takes it."""
+        body: dict[str, Any] = (
+            {"favourite": self.choice} if isinstance(self.choice, int) else {"verdict": self.choice}
+        )
+        return body | ({"edit": self.edit} if self.edit else {})
+
+    def reveal(self, choices: Any) -> None:
+        """Take in which version wrote each reply, from the answer to a vote."""
+        for row in choices if isinstance(choices, list) else []:
+            if isinstance(row, dict) and isinstance(row.get("index"), int) and 0 <= row["index"] < len(self.replies):
+                self.replies[row["index"]].version = row.get("version")

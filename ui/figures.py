@@ -1,0 +1,295 @@
+"""The operator page's HTML: what is live, the learner, versions, rounds, and small charts drawn as SVG.
+
+Pure functions from the API's JSON to HTML. A field that is missing or odd shows as a dash, never as an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ui.render import plain
+from ui.sentences import STATES, clock, count, fraction, number, version_name
+
+JSON = dict[str, Any]
+DASH = '<span class="dash" title="not reported">–</span>'
+STATUSES = {"live": "good", "candidate": "new", "retired": "", "rejected": "bad"}
+STATS = (
+    ("conversations", "conversations"), ("comparisons", "comparisons"), ("votes", "votes"), ("voters", "voters"),
+    ("demonstrations", "edited replies"), ("rounds", "rounds"), ("versions", "versions"),
+)
+
+
+def find(row: Any, *paths: str) -> Any:
+    """The first of `paths` (`reward.accuracy`) that leads somewhere in nested objects, or None."""
+    for path in paths:
+        found = row
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found is not None:
+            return found
+    return None
+
+
+def percent(value: Any) -> str:
+    """`0.734` as `73%`."""
+    found = number(value)
+    return DASH if found is None else f"{100 * found:.0f}%"
+
+
+def decimal(value: Any, digits: int = 2) -> str:
+    """A number to so many digits."""
+    found = number(value)
+    return DASH if found is None else f"{found:.{digits}f}"
+
+
+def pair(value: Any) -> tuple[float, float] | None:
+    """An interval from `[low, high]` or `{"low", "high"}`."""
+    if isinstance(value, dict):
+        value = [find(value, "low", "lower"), find(value, "high", "upper")]
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        low, high = number(value[0]), number(value[1])
+        if low is not None and high is not None:
+            return low, high
+    return None
+
+
+def accuracy_of(row: JSON) -> tuple[Any, Any]:
+    """Held-out accuracy of the reward model and its interval."""
+    found = find(row, "reward.accuracy", "reward.heldout_accuracy", "reward.held_out_accuracy")
+    interval = find(row, "reward.accuracy_interval", "reward.interval", "reward.accuracy_ci", "reward.ci")
+    if isinstance(found, dict):
+        interval = interval or find(found, "interval", "ci") or [find(found, "low"), find(found, "high")]
+        found = find(found, "value", "estimate", "mean", "accuracy")
+    return found, interval
+
+
+def kl_of(row: JSON) -> Any:
+    """KL from the reference in nats per reply, at the end of PPO."""
+    return check_value(row, "kl") or find(row, "ppo.kl", "ppo.final_kl", "ppo.kl_final", "gate.kl")
+
+
+def win_rate_of(row: JSON) -> Any:
+    """Win rate against the version that was live, as the gate measured it."""
+    found = check_value(row, "win_rate")
+    found = find(row, "gate.win_rate", "win_rate") if found is None else found
+    return find(found, "value", "estimate", "rate") if isinstance(found, dict) else found
+
+
+def check_value(row: JSON, name: str) -> Any:
+    """The figure of the gate's check `name`."""
+    for check in checks_of(find(row, "gate")):
+        if check.get("name") == name:
+            return find(check, "value", "figure")
+    return None
+
+
+def checks_of(gate: Any) -> list[JSON]:
+    """The checks of a gate's verdict."""
+    checks = find(gate, "checks")
+    return [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
+
+
+def failing(gate: Any) -> list[str]:
+    """The names of the checks that failed, in words."""
+    bad = [c for c in checks_of(gate) if find(c, "passed", "ok", "pass") is False or c.get("verdict") in ("fail", "failed")]
+    return [str(c.get("name") or "a check").replace("_", " ") for c in bad]
+
+
+def verdict(gate: Any) -> str:
+    """The gate's verdict and what failed."""
+    said = find(gate, "verdict") if isinstance(gate, dict) else gate
+    if not isinstance(said, str):
+        return DASH
+    wrong = failing(gate)
+    good = said.lower() in ("passed", "pass", "accepted", "ok")
+    detail = f'<small>{plain(", ".join(wrong))}</small>' if wrong else ""
+    return f'<span class="badge {"good" if good else "bad"}">{plain(said)}</span>{detail}'
+
+
+def overview(adapters: JSON, stats: JSON) -> str:
+    """What is live, since when, and what is behind it."""
+    live = adapters.get("live") or find(stats, "live")
+    rows = versions_of(adapters)
+    row = next((r for r in rows if r.get("version") == live), {})
+    since = clock(find(adapters, "live_since", "since") or find(stats, "live_since") or row.get("live_since"))
+    previous = find(adapters, "previous") or find(stats, "previous")
+    candidate = find(adapters, "candidate") or find(stats, "candidate")
+    more = [f"Before it: {version_name(previous)}" if previous else "", f"Candidate: {version_name(candidate)}" if candidate else ""]
+    counts = "".join(
+        f"<div><dt>{words}</dt><dd>{int(number(stats[name]) or 0):,}</dd></div>" for name, words in STATS if number(stats.get(name)) is not None
+    )
+    back = (
+        f'<button type="button" class="choice" data-act="rollback" data-version="{plain(previous)}">Roll back to {version_name(previous)}</button>'
+        if previous else ""
+    )
+    return (
+        f'<section class="tile" aria-labelledby="live-h"><h2 id="live-h">Live now</h2><p class="big">{version_name(live) if live else DASH}</p>'
+        f'<p class="note">{" · ".join(filter(None, [f"since {since}" if since else "", *more]))}</p>{back}'
+        f'<dl class="counts">{counts}</dl></section>'
+    )
+
+
+def learner(state: JSON) -> str:
+    """What the learner is doing, with buttons."""
+    name = state.get("state")
+    words = STATES.get(name, plain(name or "Unknown")) if isinstance(name, str) else "Unknown"
+    done = fraction(state.get("progress"))
+    working = name in ("training_reward", "ppo", "gating")
+    bar = ""
+    if working:
+        now = "" if done is None else f' value="{done:.3f}"'
+        bar = f'<progress max="1"{now} aria-label="Progress"></progress><span class="note">{percent(done) if done is not None else ""}</span>'
+    left, pending = number(state.get("votes_until_next_round")), number(state.get("votes_pending"))
+    facts = [
+        f"round {int(n)}" if (n := number(state.get("round"))) is not None and working else "",
+        f"{count(int(pending), 'new vote')}" if pending is not None else "",
+        f"{int(left)} more until the next round" if left and not working else "",
+    ]
+    reason = "".join(f'<p class="note">{plain(text)}</p>' for text in (state.get("reason"), _verdict_words(state)) if text)
+    pause = ("resume", "Resume") if name == "paused" else ("pause", "Pause")
+    return (
+        f'<section class="tile" aria-labelledby="learner-h"><h2 id="learner-h">Learner</h2><p class="big {plain(name or "")}">{words}</p>'
+        f'<div class="bar">{bar}</div><p class="note">{" · ".join(filter(None, facts))}</p>{reason}'
+        '<div class="choices"><button type="button" class="choice" data-act="run">Run a round now</button>'
+        f'<button type="button" class="choice" data-act="{pause[0]}">{pause[1]}</button></div></section>'
+    )
+
+
+def _verdict_words(state: JSON) -> str:
+    last = state.get("last_verdict")
+    if isinstance(last, dict):
+        last = find(last, "text", "words", "verdict")
+    return f"Last round: {last}" if isinstance(last, str) and last else ""
+
+
+def versions_of(adapters: JSON) -> list[JSON]:
+    """The version rows, newest first, `base` last."""
+    rows = [r for r in adapters.get("data") or [] if isinstance(r, dict)]
+    return sorted(rows, key=lambda r: str(r.get("version") or "") if r.get("version") != "base" else "", reverse=True)
+
+
+def versions(adapters: JSON) -> str:
+    """The table of versions."""
+    live, rows = adapters.get("live"), versions_of(adapters)
+    if not rows:
+        return '<p class="note">No versions yet: the first comes out of the first round that passes its gate.</p>'
+    body = []
+    for row in rows:
+        name, status = plain(row.get("version") or ""), str(row.get("status") or "")
+        button = ""
+        if row.get("version") != live and status != "rejected" and name:
+            button = f'<button type="button" class="quiet" data-act="promote" data-version="{name}">Promote<span class="sr"> {name}</span></button>'
+        won = row.get("win_rate")
+        people = find(won, "rate", "value", "estimate") if isinstance(won, dict) else won
+        body.append(
+            f'<tr><th scope="row"><code>{name or DASH}</code></th><td><span class="badge {STATUSES.get(status, "")}">{plain(status) or DASH}</span></td>'
+            f'<td>{plain(row.get("parent") or "") or DASH}</td><td class="n">{plain(row.get("round") if row.get("round") is not None else "") or DASH}</td>'
+            f'<td class="n">{percent(people)}</td><td>{verdict(row.get("gate"))}</td><td>{clock(row.get("created")) or DASH}</td><td>{button}</td></tr>'
+        )
+    return _table(
+        "Versions", ("Version", "Status", "Made from", ">Round", ">People's win rate", "Gate", "Made", ""), body
+    )
+
+
+def rounds(rows: list[JSON]) -> str:
+    """The table of rounds, newest first."""
+    if not rows:
+        return '<p class="note">No rounds yet.</p>'
+    body = []
+    for row in sorted(rows, key=lambda r: number(r.get("round")) or 0, reverse=True):
+        value, interval = accuracy_of(row)
+        found = pair(interval)
+        spread = f'<small>{100 * found[0]:.0f}–{100 * found[1]:.0f}%</small>' if found else ""
+        words = find(row, "reason", "verdict", "reward.verdict")
+        state = plain(row.get("state") or "")
+        why = f"<small>{plain(words)}</small>" if isinstance(words, str) and not row.get("version") else ""
+        votes = number(row.get("votes"))
+        body.append(
+            f'<tr><th scope="row">{plain(row.get("round", ""))}</th><td>{state or DASH}{why}</td>'
+            f'<td class="n">{int(votes) if votes is not None else DASH}</td><td class="n">{percent(value)}{spread}</td>'
+            f'<td class="n">{decimal(kl_of(row))}</td><td class="n">{percent(win_rate_of(row))}</td><td>{verdict(row.get("gate"))}</td>'
+            f'<td>{plain(row.get("version") or "") or DASH}</td><td>{clock(row.get("ended") or row.get("started")) or DASH}</td></tr>'
+        )
+    return _table(
+        "Rounds",
+        ("Round", "State", ">Votes", ">Held-out accuracy", ">KL (nats)", ">Win rate", "Gate", "Version", "Ended"),
+        body,
+    )
+
+
+def _table(caption: str, columns: tuple[str, ...], rows: list[str]) -> str:
+    heads = "".join(f'<th scope="col"{" class=n" if c[:1] == ">" else ""}>{c.lstrip(">")}</th>' for c in columns)
+    return (
+        f'<div class="table" role="region" tabindex="0" aria-label="{caption}"><table><thead><tr>{heads}</tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def charts(rows: list[JSON]) -> str:
+    """Held-out accuracy, KL and win rate, a point for each round."""
+    rows = sorted(rows, key=lambda r: number(r.get("round")) or 0)[-40:]
+    if not rows:
+        return ""
+    drawn = [
+        chart("Reward model: held-out accuracy", rows, lambda r: accuracy_of(r)[0], lambda r: pair(accuracy_of(r)[1]), line=0.5, unit=100, mark="chance"),
+        chart("Win rate against the version before", rows, win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), line=0.5, unit=100, mark="even"),
+        chart("KL from the reference (nats)", rows, kl_of, lambda r: None, line=None, unit=1, mark=""),
+    ]
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def chart(
+    title: str,
+    rows: list[JSON],
+    value_of: Callable[[JSON], Any],
+    interval_of: Callable[[JSON], tuple[float, float] | None],
+    *,
+    line: float | None,
+    unit: int,
+    mark: str,
+) -> str:
+    """One SVG chart. `line` is drawn dashed and named `mark`; `unit` 100 shows fractions as percentages."""
+    points = [(number(r.get("round")) or 0, number(value_of(r)), interval_of(r)) for r in rows]
+    known = [(n, v, i) for n, v, i in points if v is not None]
+    if not known:
+        return f'<figure class="chart"><figcaption>{plain(title)}</figcaption><p class="note">Nothing measured yet.</p></figure>'
+    width, height, left, top, right, bottom = 320, 150, 36, 12, 12, 22
+    low, high = (0.0, 1.0) if unit == 100 else (0.0, max(1e-9, 1.15 * max(v for _, v, _ in known)))
+    first, last = min(n for n, _, _ in known), max(n for n, _, _ in known)
+
+    def x(n: float) -> float:
+        return left + (width - left - right) * ((n - first) / (last - first) if last > first else 0.5)
+
+    def y(v: float) -> float:
+        return top + (height - top - bottom) * (1 - (min(high, max(low, v)) - low) / (high - low))
+
+    def label(v: float) -> str:
+        return f"{v * unit:.0f}%" if unit == 100 else f"{v:.3g}"
+
+    parts = [
+        f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        f'<text class="tick" x="{left - 6}" y="{y(v) + 3.5:.1f}" text-anchor="end">{label(v)}</text>'
+        for v in (low, (low + high) / 2, high)
+    ]
+    if line is not None:
+        parts.append(
+            f'<line class="level" x1="{left}" x2="{width - right}" y1="{y(line):.1f}" y2="{y(line):.1f}"/>'
+            f'<text class="tick" x="{width - right}" y="{y(line) - 4:.1f}" text-anchor="end">{mark}</text>'
+        )
+    for n, _, interval in known:
+        if interval:
+            parts.append(f'<line class="spread" x1="{x(n):.1f}" x2="{x(n):.1f}" y1="{y(interval[0]):.1f}" y2="{y(interval[1]):.1f}"/>')
+    path = " ".join(f"{'L' if i else 'M'}{x(n):.1f} {y(v):.1f}" for i, (n, v, _) in enumerate(known))
+    parts.append(f'<path class="line" d="{path}"/>')
+    parts += [
+        f'<circle cx="{x(n):.1f}" cy="{y(v):.1f}" r="3.5"><title>Round {n:.0f}: {label(v)}</title></circle>' for n, v, _ in known
+    ]
+    parts.append(f'<text class="tick" x="{x(first):.1f}" y="{height - 6}" text-anchor="middle">{first:.0f}</text>')
+    if last > first:
+        parts.append(f'<text class="tick" x="{x(last):.1f}" y="{height - 6}" text-anchor="middle">{last:.0f}</text>')
+    newest = known[-1]
+    return (
+        f'<figure class="chart"><figcaption>{plain(title)}<b>{label(newest[1])}</b></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{plain(title)}: {label(newest[1])} in round {newest[0]:.0f}">{"".join(parts)}</svg></figure>'
+    )

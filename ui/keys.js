@@ -1,0 +1,79 @@
+// Keyboard of the chat page: 1-4 pick, T tie, N none good, E edit, / write. Loaded in <head>; no dependencies.
+(() => {
+  const LETTERS = { t: "tie", n: "none", e: "edit", u: "undo", r: "retry" };
+  const composer = () => document.querySelector("#composer textarea");
+  const typing = (node) => node && (node.isContentEditable || /^(input|textarea|select)$/i.test(node.tagName));
+
+  function press(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+    const node = event.target;
+    if (typing(node)) {
+      if (event.key === "Escape") node.blur();
+      return;
+    }
+    const key = event.key.toLowerCase();
+    let found = null;
+    if (key >= "1" && key <= "4") found = document.querySelector(`#exchange [data-act="pick"][data-index="${+key - 1}"]`);
+    else if (LETTERS[key]) {
+      const act = `[data-act="${LETTERS[key]}"]`;
+      const card = node.closest && node.closest(".card");
+      found = (card && card.querySelector(act)) || document.querySelector(`#exchange .chosen ${act}`) ||
+        document.querySelector(`#exchange .choices ${act}`);
+    } else if (key === "/") {
+      if (composer()) composer().focus();
+      event.preventDefault();
+    }
+    if (found) {
+      event.preventDefault();
+      found.click();
+    }
+  }
+
+  // After sending, the keys pick: leave the box. It stays focused on what was typed when nothing was sent.
+  function sent(event) {
+    const box = composer();
+    if (!box) return;
+    const entered = event.type === "keydown" && event.target === box && event.key === "Enter" && !event.shiftKey;
+    const clicked = event.type === "click" && event.target.closest && event.target.closest("#send");
+    if ((entered && !event.isComposing && box.value.trim()) || clicked) setTimeout(() => box.blur(), 30);
+  }
+
+  // Times are the server's; show them on the reader's own clock.
+  function localTimes(root) {
+    for (const node of root.querySelectorAll("time[datetime]")) {
+      const when = new Date(node.getAttribute("datetime"));
+      if (isNaN(when)) continue;
+      const clock = when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
+      const today = when.toDateString() === new Date().toDateString();
+      const text = today ? clock : `${when.toLocaleDateString([], { day: "numeric", month: "short" })} ${clock}`;
+      if (node.textContent !== text) node.textContent = text;
+    }
+  }
+
+  // New replies and the panel to write one come into view by themselves.
+  let phase = "";
+  function follow() {
+    const exchange = document.querySelector("#exchange [data-phase]");
+    const now = exchange ? exchange.dataset.phase + exchange.dataset.turn : "";
+    if (now && now !== phase && exchange.dataset.phase === "streaming") {
+      const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      exchange.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
+    }
+    phase = now;
+  }
+
+  document.addEventListener("keydown", press);
+  document.addEventListener("keydown", sent, true);
+  document.addEventListener("click", sent, true);
+  let queued = false;
+  new MutationObserver(() => {
+    if (queued) return;
+    queued = true;
+    requestAnimationFrame(() => {
+      queued = false;
+      localTimes(document);
+      follow();
+    });
+  }).observe(document.documentElement, { childList: true, subtree: true, characterData: true });
+  document.documentElement.lang = "en";
+})();

@@ -1,0 +1,33 @@
+"""How every page of ours is put on the server: local fonts, our style sheet, our keys, nothing from other hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+HERE = Path(__file__).parent
+FONTS = (gr.themes.Font("sans-serif"),)  # the style sheet names the system's own fonts; nothing is downloaded
+MONO = (gr.themes.Font("monospace"),)
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's plainest theme with the system's fonts."""
+    return gr.themes.Base(
+        primary_hue="teal", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO
+    )
+
+
+def head() -> str:
+    """What goes into the page's `<head>`: keys.js and a colour for the browser's own frame."""
+    return (
+        '<meta name="color-scheme" content="light dark">'
+        f"<script>{(HERE / 'keys.js').read_text()}</script>"
+    )
+
+
+ACTING = (HERE / "acting.js").read_text()
+"""js_on_load of every gr.HTML with buttons in it."""
+
+HIDDEN: dict = {"show_progress": "hidden", "api_visibility": "private"}
+"""For every event: no spinner over the page, and nothing in Gradio's own public API."""
