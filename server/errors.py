@@ -17,6 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from store.errors import DiskFull, NotFound, StoreError
+
 log = structlog.get_logger("plaudit")
 
 TYPES = {
@@ -84,6 +86,8 @@ def error_response(error: ApiError) -> JSONResponse:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that the disk or the quota is used up."""
+    if isinstance(error, DiskFull):
+        return True
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error)
@@ -95,6 +99,11 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if is_disk_full(error):
         return ApiError(507, "the server's disk is full; nothing was recorded. Free space and try again")
+    if isinstance(error, NotFound):
+        return ApiError(404, str(error))
+    if isinstance(error, StoreError):
+        log.error("store_error", kind=type(error).__name__)
+        return ApiError(503, "the database could not answer; try again", retry_after_s=1)
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return ApiError(503, "the database is busy; try again", retry_after_s=1)
     frames = []
@@ -139,6 +148,6 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    for kind in (sqlite3.Error, OSError):  # typed, so that Starlette does not re-raise them as it does a 500
+    for kind in (StoreError, sqlite3.Error, OSError):  # typed, so that Starlette does not re-raise them as it does a 500
         app.add_exception_handler(kind, on_any)
     app.add_exception_handler(Exception, on_any)

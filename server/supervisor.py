@@ -41,7 +41,9 @@ os.execv(sys.argv[3], sys.argv[3:])
 def learner_command(settings: Settings) -> list[str]:
     """The learner's command line for `settings`."""
     command = [sys.executable, "-m", "learner.worker", "--data-dir", str(settings.data_dir), "--model", settings.model]
-    return [*command, "--round-votes", str(settings.round_votes), *settings.learner_args]
+    command += ["--round-votes", str(settings.round_votes), "--threads", str(settings.learner_threads)]
+    command += ["--device", settings.device, "--dtype", settings.dtype]  # as served, so that probes agree
+    return [*command, "--parent-pid", str(os.getpid()), *settings.learner_args]
 
 
 @dataclass(frozen=True)

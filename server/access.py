@@ -1,0 +1,73 @@
+"""FastAPI dependencies: the runtime of this application, and who is asking with which role."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from server.auth import Identity, foreign_page
+from server.errors import ApiError
+
+if TYPE_CHECKING:
+    from server.runtime import Runtime
+
+MAX_VOTER = 128  # characters of a Plaudit-Voter header
+
+
+def runtime_of(request: Request) -> Runtime:
+    """The runtime that `create_app` made."""
+    return request.app.state.runtime
+
+
+async def user(request: Request) -> Identity:
+    """Who is asking. Raises 401 without a good key, 403 for a foreign web page, 429 over quota, 503 while draining."""
+    runtime: Runtime = request.app.state.runtime
+    if len(runtime.keyring):
+        identity = await _by_key(request, runtime)
+    elif not runtime.settings.loopback:
+        raise ApiError(401, "this server needs a key and has none left; its operator makes one with `plaudit keys create`")
+    else:
+        if foreign_page(request.headers.get("host"), request.headers.get("origin")):
+            raise ApiError(403, "without keys only this machine's own pages and programs may ask; make keys to open it")
+        voter = request.headers.get("plaudit-voter", "").strip() or "local"
+        if len(voter) > MAX_VOTER:
+            raise ApiError(400, f"Plaudit-Voter is longer than {MAX_VOTER} characters", param="Plaudit-Voter")
+        identity = Identity(runtime.voter_hash(voter), "operator", "local")
+    runtime.quota.spend("request", identity.voter)
+    return identity
+
+
+async def operator(who: Annotated[Identity, Depends(user)]) -> Identity:
+    """Who is asking, an operator. Raises 403 for others."""
+    if not who.operator:
+        raise ApiError(403, "this needs an operator's key")
+    return who
+
+
+async def scraper(request: Request) -> None:
+    """Let anyone in on a loopback bind, operators elsewhere."""
+    runtime: Runtime = request.app.state.runtime
+    if not runtime.settings.loopback:
+        await operator(await user(request))
+
+
+async def _by_key(request: Request, runtime: Runtime) -> Identity:
+    scheme, _, presented = request.headers.get("authorization", "").partition(" ")
+    presented = presented.strip()
+    if scheme.lower() != "bearer" or not presented:
+        raise ApiError(401, "send your key as `Authorization: Bearer plaudit-...`")
+    address = request.client.host if request.client else "unknown"
+    if runtime.keyring.is_cached(presented):
+        key = runtime.keyring.find(presented)
+    else:
+        runtime.quota.spend("failed key", address)
+        key = await asyncio.to_thread(runtime.keyring.find, presented)
+    if key is None:
+        raise ApiError(401, "this key is not known here")
+    return Identity(runtime.voter_hash(key.voter), key.role, key.id)
+
+
+User = Annotated[Identity, Depends(user)]
+Operator = Annotated[Identity, Depends(operator)]

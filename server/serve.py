@@ -1,0 +1,38 @@
+"""Runs the application under uvicorn with a shutdown that lets running requests finish.
+
+At the first signal the server drains: `/readyz` and new chats answer 503 while the socket still listens, running
+requests finish up to the grace period, then uvicorn stops. A second signal stops at once.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.runtime import Runtime
+from server.settings import Settings
+
+
+class PlauditServer(uvicorn.Server):
+    """uvicorn, draining first."""
+
+    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+        super().__init__(config)
+        self.runtime = runtime
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain with the socket still open, then shut down as uvicorn does."""
+        if not self.force_exit:
+            await self.runtime.drain()
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI, settings: Settings) -> PlauditServer:
+    """A server for `app`; `.run()`, or `.run(sockets=[bound])` with a socket bound beforehand."""
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
+        timeout_keep_alive=30, ws="none", timeout_graceful_shutdown=int(settings.grace_s) + 1, server_header=False,
+    )
+    return PlauditServer(config, app.state.runtime)

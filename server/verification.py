@@ -1,0 +1,78 @@
+"""Is what we would serve what was published? The checks a version passes before it may answer anyone.
+
+Owns: files as their digests say, made for this base model, loadable, and logits equal to those the publisher saw.
+Does not route requests or change statuses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from engine.engine import Engine, probe
+from engine.lora import AdapterError
+from server.bridge import EngineBridge
+from store.adapters import AdapterRegistry, Manifest
+from store.errors import CorruptAdapter
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.02}  # nats; half precision rounds the logits themselves
+
+
+class Unfit(Exception):
+    """The version must not be served; the message is the reason an operator reads."""
+
+
+def probe_gap(published: Mapping[str, Any], served: Mapping[str, Any], tolerance: float) -> float:
+    """Largest difference, in nats, between the published and the served log-probabilities of the probe's next token.
+
+    A published token outside the served top list counts only by how far it is above that list's end. Raises `Unfit`
+    when the gap is over `tolerance`, or when there is nothing to compare.
+    """
+    ids, values = list(published.get("top_ids") or ()), list(published.get("top_logprobs") or ())
+    if not ids or len(ids) != len(values):
+        raise Unfit("its manifest has no probe to check the served weights with")
+    here = dict(zip(served["top_ids"], served["top_logprobs"], strict=True))
+    floor = min(here.values())
+    gap = max(abs(v - here[i]) if i in here else max(0.0, v - floor) for i, v in zip(ids, values, strict=True))
+    if not math.isfinite(gap) or gap > tolerance:
+        raise Unfit(f"served logits differ from the published ones by {gap:.3g} nats (at most {tolerance:g} allowed)")
+    return gap
+
+
+async def load_verified(
+    version: str, registry: AdapterRegistry, bridge: EngineBridge, base_digest: str, dtype: str, read: Any
+) -> tuple[Manifest, float]:
+    """Check `version`, load it between two decode steps, and prove its logits; (manifest, gap in nats).
+
+    `read` runs a blocking function off the event loop. Leaves nothing loaded when it raises `Unfit`.
+    """
+    try:
+        manifest = await read(registry.verify, version)
+    except CorruptAdapter as damaged:
+        raise Unfit(str(damaged)) from damaged
+    if manifest.base_digest != base_digest:
+        raise Unfit(f"it was made for another base model ({manifest.base_model}); start with that --model to use it")
+    path = registry.path(version)
+
+    def load(engine: Engine) -> dict[str, Any]:
+        if version in engine.versions():
+            engine.unload_version(version)
+        engine.load_version(version, path)
+        try:
+            return probe(engine.model, version, list(manifest.probe["prompt_ids"]), len(manifest.probe["top_ids"]))
+        except Exception:
+            engine.unload_version(version)
+            raise
+
+    try:
+        served = await bridge.call(load)
+    except AdapterError as refused:
+        raise Unfit(str(refused)) from refused
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as broken:
+        raise Unfit(f"its probe could not be run ({type(broken).__name__})") from broken
+    try:
+        return manifest, probe_gap(manifest.probe, served, TOLERANCE[dtype])
+    except Unfit:
+        await bridge.call(lambda engine: engine.unload_version(version))
+        raise

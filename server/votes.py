@@ -1,0 +1,64 @@
+"""`PUT` and `DELETE /v1/comparisons/{id}/vote`: one person's judgement of what they were shown.
+
+A vote is answered only after a durable commit, and the answer says which version wrote which reply. What a vote
+changes in what is served is `deployment.py`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from server.access import User, runtime_of
+from server.auth import Identity
+from server.errors import ApiError
+from server.runtime import Runtime
+from server.schema import VoteRequest
+from store.records import Comparison
+
+router = APIRouter()
+
+
+async def shown_to(runtime: Runtime, comparison_id: str, who: Identity, *, or_operator: bool = False) -> Comparison:
+    """The comparison, if it was shown to this voter (or an operator may look). Raises 404."""
+    comparison = await runtime.db(runtime.store.comparison, comparison_id)
+    if comparison is None or not (comparison.voter == who.voter or (or_operator and who.operator)):
+        raise ApiError(404, "there is no such comparison of yours")
+    return comparison
+
+
+def reveal(comparison: Comparison) -> list[dict[str, Any]]:
+    """Which version wrote each reply."""
+    return [{"index": c.index, "version": c.version} for c in comparison.completions]
+
+
+@router.put("/v1/comparisons/{comparison_id}/vote")
+async def put_vote(comparison_id: str, body: VoteRequest, request: Request, who: User) -> JSONResponse:
+    """Cast or replace a vote: 201 the first time, 200 after that."""
+    runtime = runtime_of(request)
+    comparison = await shown_to(runtime, comparison_id, who)
+    try:
+        kind, groups = body.judgement(len(comparison.completions))
+    except ValueError as wrong:
+        raise ApiError(400, str(wrong)) from wrong
+    vote, first = await runtime.db(
+        runtime.store.record_vote, comparison_id, who.voter, groups=groups, kind=kind, edit=body.edit, comment=body.comment
+    )
+    runtime.metrics.votes.labels(kind).inc()
+    runtime.deployment.count(comparison, who.voter, groups)
+    await runtime.deployment.weigh()
+    answer = {"vote_id": vote.id, "comparison_id": comparison_id, "kind": kind, "choices": reveal(comparison)}
+    return JSONResponse(answer, 201 if first else 200)
+
+
+@router.delete("/v1/comparisons/{comparison_id}/vote")
+async def delete_vote(comparison_id: str, request: Request, who: User) -> dict[str, Any]:
+    """Withdraw a vote: it leaves the next round's data."""
+    runtime = runtime_of(request)
+    await shown_to(runtime, comparison_id, who)
+    if not await runtime.db(runtime.store.withdraw_vote, comparison_id, who.voter):
+        raise ApiError(404, "you have no vote on this comparison")
+    runtime.deployment.scoreboard.drop(comparison_id, who.voter)
+    return {"comparison_id": comparison_id, "withdrawn": True}

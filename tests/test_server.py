@@ -1,0 +1,503 @@
+"""The HTTP contract on a real server with a tiny model: chat, votes, conversations, and every refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from engine.engine import Engine, SamplingParams
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from server.errors import StartupError
+from server.runtime import Runtime
+from store.errors import DataDirInUse
+from tests.serving import HELLO, Served, ask, served, settings_for
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(settings_for(tmp_path_factory.mktemp("data"), tiny_llama)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[httpx.Client]:
+    with server.client() as c:
+        yield c
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object; fails unless status and shape are the contract's."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"] and "\n" not in body["error"]["message"]
+    return body["error"]
+
+
+def chat(client: httpx.Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 4, **fields})
+
+
+# --- chat
+
+
+def test_one_reply_names_its_version_and_four_do_not(client: httpx.Client) -> None:
+    one, four = ask(client, 1), ask(client, 4)
+    assert one["model"] == "plaudit@base" and four["model"] == "plaudit"
+    assert [c["index"] for c in four["choices"]] == [0, 1, 2, 3]
+    assert "version" not in json.dumps(four)
+    assert four["usage"]["total_tokens"] == four["usage"]["prompt_tokens"] + four["usage"]["completion_tokens"]
+
+
+def test_the_reply_and_its_logprobs_are_the_engines(client: httpx.Client, tiny_llama: Path) -> None:
+    model, tokenizer = CausalModel.load(tiny_llama), ChatTokenizer.load(tiny_llama)
+    prompt = tokenizer.render(HELLO)
+    params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=10, seed=123)
+    [expected] = Engine(model, tokenizer).generate([prompt], [params])
+    answer = ask(client, 1, temperature=0.8, top_p=0.9, max_tokens=10, seed=123, logprobs=True)
+    choice = answer["choices"][0]
+    assert choice["message"]["content"] == expected.text and choice["finish_reason"] == expected.finish_reason
+    assert [t["logprob"] for t in choice["logprobs"]["content"]] == pytest.approx(expected.logprobs, abs=1e-5)
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+def test_the_same_seed_gives_the_same_replies_and_another_seed_others(client: httpx.Client) -> None:
+    def texts(seed: int) -> list[str]:
+        return [c["message"]["content"] for c in ask(client, 4, seed=seed, max_tokens=16)["choices"]]
+
+    assert texts(5) == texts(5) != texts(6)
+    assert len(set(texts(5))) == 4
+
+
+def test_a_streamed_answer_is_the_whole_answer(client: httpx.Client) -> None:
+    whole = ask(client, 3, seed=9, max_tokens=12, logprobs=True)
+    body = {"messages": HELLO, "n": 3, "seed": 9, "max_tokens": 12, "stream": True, "logprobs": True,
+            "stream_options": {"include_usage": True}}
+    texts, reasons, logprobs = [""] * 3, [""] * 3, [[], [], []]
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [line[6:] for line in answer.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    ids = {(c["id"], c["plaudit"]["comparison_id"], c["plaudit"]["conversation_id"], c["model"]) for c in chunks}
+    assert len(ids) == 1
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    for chunk in chunks[:-1]:
+        assert chunk["usage"] is None
+        [choice] = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        reasons[choice["index"]] += choice["finish_reason"] or ""
+        logprobs[choice["index"]] += (choice["logprobs"] or {}).get("content", [])
+    assert texts == [c["message"]["content"] for c in whole["choices"]]
+    assert reasons == [c["finish_reason"] for c in whole["choices"]]
+    assert logprobs == [c["logprobs"]["content"] for c in whole["choices"]]
+
+
+def test_the_official_client_works_streaming_and_not(server: Served) -> None:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as api:
+        whole = api.chat.completions.create(model="plaudit", messages=HELLO, n=4, max_tokens=6, seed=3)
+        assert len(whole.choices) == 4
+        texts = [""] * 4
+        stream = api.chat.completions.create(model="plaudit", messages=HELLO, n=4, max_tokens=6, seed=3, stream=True)
+        for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert texts == [c.message.content for c in whole.choices]
+        assert [m.id for m in api.models.list()][:2] == ["plaudit", "plaudit@base"]
+        with pytest.raises(openai.NotFoundError) as refused:
+            api.chat.completions.create(model="gpt-4o", messages=HELLO)
+        assert refused.value.code == "model_not_found" and "plaudit@base" in refused.value.message
+
+
+def test_text_parts_and_the_developer_role_are_understood(client: httpx.Client) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello! "}, {"type": "text", "text": "How are you today?"}]}]
+    assert ask(client, 1, messages=parts, seed=4)["choices"] == ask(client, 1, seed=4)["choices"]
+    ask(client, 1, messages=[{"role": "developer", "content": "Be brief."}, *HELLO])
+
+
+def test_neutral_values_of_other_openai_fields_are_taken(client: httpx.Client) -> None:
+    ask(client, 1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, response_format={"type": "text"}, tools=[],
+        tool_choice="none", store=False, service_tier="auto", user="u-1", top_logprobs=0, modalities=["text"],
+        prompt_cache_key="anything", max_completion_tokens=8)
+
+
+@pytest.mark.parametrize(("fields", "named"), [
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"store": 0}, "store"),
+    ({"top_k": 5}, "top_k"),
+    ({"n": 0}, "n"), ({"n": 9}, "n"), ({"n": 10**30}, "n"), ({"n": "many"}, "n"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": "user", "content": "  "}]}, "empty"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    ({"messages": [{"role": "user"}]}, "content"),
+    ({"temperature": -1}, "temperature"), ({"temperature": 2.1}, "temperature"),
+    ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 65}, "max_tokens"), ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
+    ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
+    ({"seed": 2**63}, "seed"), ({"seed": 1.5}, "seed"),
+    ({"stream_options": {"include_usage": True}}, "stream"),
+    ({"metadata": {"conversation_id": 5}}, "metadata"),
+    ({"user": "x" * 513}, "user"),
+])
+def test_bad_chat_input_is_refused_by_name(client: httpx.Client, fields: dict[str, Any], named: str) -> None:
+    assert named in error_of(chat(client, **fields), 400)["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 50000,
+                                  b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+                                  b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+                                  b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}'])
+def test_a_body_that_is_no_request_is_a_400(client: httpx.Client, body: bytes) -> None:
+    answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    error_of(answer, 400)
+
+
+def test_a_prompt_too_long_for_the_model_is_refused_with_both_numbers(client: httpx.Client) -> None:
+    error = error_of(chat(client, messages=[{"role": "user", "content": "word " * 3000}]), 400)
+    assert error["code"] == "context_length_exceeded" and "512" in error["message"]
+
+
+def test_a_body_too_large_is_refused_also_without_its_length(client: httpx.Client) -> None:
+    error_of(chat(client, messages=[{"role": "user", "content": "x" * 300_000}]), 413)
+    pieces = iter([b'{"messages": "' + b"x" * 200_000, b"x" * 200_000 + b'"}'])
+    answer = client.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
+    error_of(answer, 413)
+
+
+def test_other_types_than_json_are_refused(client: httpx.Client) -> None:
+    error_of(client.post("/v1/chat/completions", content=b"x=1", headers={"Content-Type": "application/x-www-form-urlencoded"}), 415)
+    error_of(client.post("/v1/chat/completions", content=b"{}"), 415)
+
+
+def test_unknown_models_paths_and_methods_are_told_apart(client: httpx.Client) -> None:
+    for model in ("gpt-4", "plaudit@v000009", "plaudit@", "base", "plaudit@../../etc", "@", "plaudit@base@base"):
+        assert error_of(chat(client, model=model), 404)["code"] == "model_not_found"
+    error_of(client.get("/v1/nothing"), 404)
+    answer = client.get("/v1/chat/completions")
+    error_of(answer, 405)
+    assert answer.headers["allow"] == "POST"
+    error_of(client.delete("/healthz"), 405)
+
+
+def test_prompts_never_reach_the_log(tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    secret = "xyzzyplugh"
+    with served(settings_for(tmp_path, tiny_llama, log_level="debug")) as running, running.client() as c:
+        made = ask(c, 2, messages=[{"role": "user", "content": secret}])
+        c.put(f"/v1/comparisons/{made['plaudit']['comparison_id']}/vote", json={"favourite": 0, "comment": secret})
+        chat(c, messages=[{"role": "user", "content": secret * 3000}])
+        chat(c, model=secret)
+    out = capfd.readouterr()
+    assert '"route": "/v1/chat/completions"' in out.err
+    assert secret not in out.err + out.out
+
+
+# --- votes
+
+
+def test_a_vote_is_created_then_replaced_then_withdrawn(client: httpx.Client) -> None:
+    made = ask(client, 3)
+    url = f"/v1/comparisons/{made['plaudit']['comparison_id']}"
+    before = client.get(url).json()
+    assert before["vote"] is None and not any("version" in choice for choice in before["choices"])
+    first = client.put(url + "/vote", json={"favourite": 1})
+    assert first.status_code == 201
+    assert first.json()["choices"] == [{"index": i, "version": "base"} for i in range(3)]
+    second = client.put(url + "/vote", json={"ranking": [[2], [0, 1]], "edit": "A better reply.", "comment": "why"})
+    assert second.status_code == 200 and second.json()["vote_id"] != first.json()["vote_id"]
+    after = client.get(url).json()
+    assert after["vote"]["groups"] == [[2], [0, 1]] and after["choices"][0]["version"] == "base"
+    assert client.delete(url + "/vote").status_code == 200
+    error_of(client.delete(url + "/vote"), 404)
+    assert client.get(url).json()["vote"] is None
+
+
+@pytest.mark.parametrize(("body", "kind", "groups"), [
+    ({"favourite": 2}, "favourite", [[2], [0, 1]]),
+    ({"ranking": [[2, 1]]}, "ranking", [[1, 2]]),
+    ({"verdict": "tie"}, "tie", [[0, 1, 2]]),
+    ({"verdict": "none"}, "none", []),
+])
+def test_each_judgement_stands_for_a_ranking(client: httpx.Client, body: dict[str, Any], kind: str, groups: list) -> None:
+    url = f"/v1/comparisons/{ask(client, 3)['plaudit']['comparison_id']}"
+    assert client.put(url + "/vote", json=body).status_code == 201
+    vote = client.get(url).json()["vote"]
+    assert (vote["kind"], vote["groups"]) == (kind, groups)
+
+
+@pytest.mark.parametrize("body", [
+    {}, {"favourite": 3}, {"favourite": -1}, {"favourite": True}, {"favourite": "0"}, {"favourite": 0, "verdict": "tie"},
+    {"ranking": []}, {"ranking": [[]]}, {"ranking": [[0], [0]]}, {"ranking": [[0, 5]]}, {"ranking": [[1]]}, {"ranking": [0, 1]},
+    {"verdict": "maybe"}, {"edit": "better"}, {"favourite": 0, "edit": " "}, {"favourite": 0, "edit": "x" * 40000},
+    {"favourite": 0, "colour": "red"},
+])
+def test_a_vote_that_makes_no_sense_is_refused(client: httpx.Client, body: dict[str, Any]) -> None:
+    url = f"/v1/comparisons/{ask(client, 3)['plaudit']['comparison_id']}/vote"
+    error_of(client.put(url, json=body), 400)
+
+
+def test_a_single_reply_can_be_edited_or_refused_but_not_preferred(client: httpx.Client) -> None:
+    url = f"/v1/comparisons/{ask(client, 1)['plaudit']['comparison_id']}/vote"
+    error_of(client.put(url, json={"favourite": 0}), 400)
+    error_of(client.put(url, json={"verdict": "tie"}), 400)
+    assert client.put(url, json={"verdict": "none"}).status_code == 201
+    assert client.put(url, json={"favourite": 0, "edit": "Better."}).status_code == 200
+
+
+def test_a_vote_on_what_was_never_shown_or_not_to_you_is_a_404(server: Served, client: httpx.Client) -> None:
+    error_of(client.put("/v1/comparisons/cmp_never/vote", json={"favourite": 0}), 404)
+    mine = ask(client, 2)["plaudit"]["comparison_id"]
+    with server.client("ben") as other:
+        error_of(other.put(f"/v1/comparisons/{mine}/vote", json={"favourite": 0}), 404)
+        error_of(other.delete(f"/v1/comparisons/{mine}/vote"), 404)
+
+
+def test_status_counts_votes_down(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, round_votes=3)) as running, running.client() as c:
+        for left in (3, 2, 1):
+            status = c.get("/v1/status").json()
+            assert status["votes_until_next_round"] == left and status["live"] == "base"
+            c.put(f"/v1/comparisons/{ask(c)['plaudit']['comparison_id']}/vote", json={"favourite": 0})
+        assert c.get("/v1/learner").json()["votes_pending"] == 3
+
+
+# --- conversations
+
+
+def test_a_conversation_goes_on_is_read_and_is_erased(server: Served) -> None:
+    with server.client("cleo") as c, server.client("dan") as other:
+        first = ask(c, 2)
+        ids = first["plaudit"]
+        reply = first["choices"][1]["message"]["content"]
+        more = [*HELLO, {"role": "assistant", "content": reply}, {"role": "user", "content": "Tell me more."}]
+        again = ask(c, 2, messages=more, metadata={"conversation_id": ids["conversation_id"]})
+        assert again["plaudit"]["conversation_id"] == ids["conversation_id"]
+        found = c.get(f"/v1/conversations/{ids['conversation_id']}").json()
+        assert [m["content"] for m in found["messages"]] == [m["content"] for m in more]
+        assert (found["messages"][1]["comparison_id"], found["messages"][1]["index"]) == (ids["comparison_id"], 1)
+        assert len(found["comparisons"]) == 2
+        assert [row["conversation_id"] for row in c.get("/v1/conversations", params={"mine": True}).json()["data"]] == [ids["conversation_id"]]
+        error_of(chat(other, metadata={"conversation_id": ids["conversation_id"]}), 404)
+        c.put(f"/v1/comparisons/{ids['comparison_id']}/vote", json={"favourite": 1})
+        gone = c.delete(f"/v1/conversations/{ids['conversation_id']}")
+        assert gone.status_code == 200 and gone.json()["votes"] == 1 and gone.json()["versions"] == []
+        error_of(c.get(f"/v1/conversations/{ids['conversation_id']}"), 404)
+        error_of(c.get(f"/v1/comparisons/{ids['comparison_id']}"), 404)
+
+
+def test_votes_come_out_as_training_data(server: Served) -> None:
+    with server.client("eve") as c:
+        made = ask(c, 2, messages=[{"role": "user", "content": "Export me."}])
+        texts = [choice["message"]["content"] for choice in made["choices"]]
+        c.put(f"/v1/comparisons/{made['plaudit']['comparison_id']}/vote", json={"favourite": 1, "edit": "Best."})
+        prompt = [{"role": "user", "content": "Export me."}]
+        rows = [json.loads(line) for line in c.get("/v1/export").text.splitlines()]
+        pairs = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in rows if r["prompt"] == prompt]
+        assert pairs == [(texts[1], texts[0]), ("Best.", texts[1])]
+        rows = [json.loads(line) for line in c.get("/v1/export?format=demonstration").text.splitlines()]
+        assert {"role": "assistant", "content": "Best."} in [r["messages"][-1] for r in rows]
+        error_of(c.get("/v1/export?format=csv"), 400)
+
+
+# --- the operator's reading calls, health
+
+
+def test_operators_can_read_everything(client: httpx.Client) -> None:
+    assert client.get("/v1/adapters").json()["live"] == "base"
+    learner = client.get("/v1/learner").json()
+    assert {"state", "progress", "round", "votes_pending", "votes_until_next_round", "last_verdict", "reason"} <= set(learner)
+    assert client.get("/v1/rounds").json() == {"data": []}
+    error_of(client.get("/v1/rounds/1"), 404)
+    error_of(client.get("/v1/rounds/0"), 400)
+    error_of(client.get("/v1/adapters/v000001"), 404)
+    stats = client.get("/v1/stats").json()
+    assert stats["deployment"]["live"] == "base" and stats["counts"]["comparisons"] > 0
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").status_code == 200
+    text = client.get("/metrics").text
+    assert 'plaudit_live_version{version="base"} 1.0' in text
+    assert 'plaudit_requests_total{method="POST",route="/v1/chat/completions",status="200"}' in text
+
+
+def test_the_learner_is_paused_resumed_and_told_to_run(server: Served, client: httpx.Client) -> None:
+    assert client.post("/v1/learner/pause").json()["state"] == "paused"
+    assert server.runtime.store.control().paused
+    assert client.post("/v1/learner/run").status_code == 200
+    assert server.runtime.store.control().run_requested == 1
+    assert client.post("/v1/learner/resume").json()["paused"] is False
+    error_of(client.post("/v1/learner/dance"), 404)
+    actions = [entry["action"] for entry in server.runtime.store.audit_log()]
+    assert [a for a in actions if a.startswith("learner")] == ["learner pause", "learner run", "learner resume"]
+
+
+# --- who may ask
+
+
+def test_a_foreign_web_page_cannot_steer_a_keyless_server(client: httpx.Client) -> None:
+    error_of(client.post("/v1/adapters/rollback", headers={"Origin": "https://evil.example"}), 403)
+    error_of(client.get("/v1/status", headers={"Host": "rebound.example"}), 403)
+    error_of(client.get("/v1/status", headers={"Plaudit-Voter": "x" * 500}), 400)
+
+
+def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running:
+        ring = running.runtime.keyring
+        keys = {name: ring.create("operator" if name == "op" else "user", name) for name in ("op", "ana", "ben")}
+        with running.client() as c:
+            error_of(c.get("/v1/status"), 401)
+            assert c.get("/healthz").status_code == 200 and c.get("/metrics").status_code == 200
+            error_of(c.get("/v1/status", headers={"Authorization": "Bearer plaudit-abc-def"}), 401)
+            error_of(c.get("/v1/status", headers={"Authorization": "Basic abc"}), 401)
+        ana, ben, op = (running.client("same", Authorization=f"Bearer {keys[k]}") for k in ("ana", "ben", "op"))
+        with ana, ben, op:
+            made = ask(ana, 2)["plaudit"]
+            for path in ("/v1/adapters", "/v1/learner", "/v1/rounds", "/v1/stats", "/v1/export"):
+                error_of(ana.get(path), 403)
+                assert op.get(path).status_code == 200
+            for path in ("/v1/adapters/rollback", "/v1/adapters/base/promote", "/v1/learner/run"):
+                error_of(ana.post(path), 403)
+            url = f"/v1/comparisons/{made['comparison_id']}"
+            error_of(ben.get(url), 404)  # the Plaudit-Voter header counts for nothing here
+            assert op.get(url).status_code == 200
+            error_of(ben.delete(f"/v1/conversations/{made['conversation_id']}"), 404)
+            assert ben.get("/v1/conversations").json() == {"data": []}
+            assert len(op.get("/v1/conversations").json()["data"]) == 1
+            assert op.delete(f"/v1/conversations/{made['conversation_id']}").status_code == 200
+        assert "ana" not in {c.voter for c in running.runtime.store.conversations()}
+
+
+def test_over_quota_is_a_429_that_says_when(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, rate_chat="2/hour")) as running, running.client() as c:
+        ask(c, 1)
+        ask(c, 1)
+        answer = chat(c)
+        assert error_of(answer, 429)["code"] == "rate_limit_exceeded"
+        assert 0 < int(answer.headers["retry-after"]) <= 3600
+        with running.client("ben") as other:
+            ask(other, 1)
+
+
+# --- load, deadlines, leaving
+
+
+def test_a_full_queue_is_a_429_and_nothing_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, max_sequences=2, max_queue=2, max_tokens=400)) as running:
+        answers: list[httpx.Response] = []
+
+        def one() -> None:
+            with running.client() as c:
+                answers.append(chat(c, n=2, max_tokens=200))
+
+        threads = [threading.Thread(target=one) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused = [a for a in answers if a.status_code != 200]
+        assert refused and len(refused) < 8
+        for answer in refused:
+            assert error_of(answer, 429)["code"] == "queue_full" and answer.headers["retry-after"] == "1"
+        assert running.runtime.store.counts()["comparisons"] == 8 - len(refused)
+
+
+def test_the_deadline_is_a_504_and_frees_the_slots(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, request_timeout_s=0.2, max_tokens=480)) as running, running.client() as c:
+        error_of(chat(c, n=8, max_tokens=450, temperature=2), 504)
+        running.until(lambda: running.runtime.bridge.stats.running == 0)
+        with c.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "n": 8, "max_tokens": 450, "stream": True, "temperature": 2}) as answer:
+            events = [line for line in answer.iter_lines() if line]
+        assert json.loads(events[-1][6:])["error"]["code"] == "deadline_exceeded"
+        running.until(lambda: running.runtime.bridge.stats.running == 0)
+        assert running.runtime.store.counts()["comparisons"] == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_all_its_slots(tiny_llama: Path, tmp_path: Path, stream: bool) -> None:
+    with served(settings_for(tmp_path, tiny_llama, max_tokens=480)) as running:
+        body = {"messages": HELLO, "n": 8, "max_tokens": 450, "stream": stream, "temperature": 2}
+
+        async def leave() -> None:
+            async with httpx.AsyncClient(base_url=running.url, trust_env=False) as c:
+                task = asyncio.create_task(c.post("/v1/chat/completions", json=body))
+                while not running.runtime.bridge.stats.running:
+                    await asyncio.sleep(0.005)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(leave())
+        tokens = running.runtime.bridge.stats.tokens
+        running.until(lambda: running.runtime.bridge.stats.running == 0, timeout_s=2)
+        assert running.runtime.bridge.stats.cancelled == 8
+        assert running.runtime.bridge.stats.tokens - tokens < 8 * 200
+        running.until(lambda: running.runtime.running_chats == 0)
+        assert running.runtime.store.counts()["comparisons"] == 0
+
+
+def test_shutdown_lets_running_requests_finish_and_turns_new_ones_away(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, max_tokens=480)) as running:
+        answers: list[httpx.Response] = []
+
+        def long() -> None:
+            with running.client() as c:
+                answers.append(chat(c, n=8, max_tokens=450, temperature=2))
+
+        thread = threading.Thread(target=long)
+        thread.start()
+        running.until(lambda: running.runtime.bridge.stats.running == 8)
+        with running.client() as c:
+            c.get("/healthz")  # a connection that is already open
+            running.server.should_exit = True
+            running.until(lambda: running.runtime.draining)
+            assert c.get("/readyz").status_code == 503
+            answer = chat(c)
+            assert error_of(answer, 503)["code"] == "draining" and "retry-after" in answer.headers
+        thread.join()
+        assert answers[0].status_code == 200 and len(answers[0].json()["choices"]) == 8
+
+
+def test_a_restart_keeps_everything(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, tiny_llama)
+    with served(settings) as running, running.client() as c:
+        made = ask(c, 2)
+        url = f"/v1/comparisons/{made['plaudit']['comparison_id']}"
+        c.put(url + "/vote", json={"favourite": 1})
+        before = c.get(url).json()
+    with served(settings) as running, running.client() as c:
+        assert c.get(url).json() == before
+        assert c.put(url + "/vote", json={"favourite": 0}).status_code == 200
+
+
+def test_a_data_directory_in_use_and_a_model_that_is_not_there_are_told_in_one_line(server: Served, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataDirInUse):
+        Runtime.open(server.runtime.settings)
+    with pytest.raises(StartupError) as refused:
+        Runtime.open(settings_for(tmp_path / "a", tmp_path / "no-model"))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(StartupError, match="without keys"):
+        Runtime.open(settings_for(tmp_path / "b", tiny_llama, host="0.0.0.0"))
+    Runtime.open(settings_for(tmp_path / "a", tiny_llama)).store.close()  # the lock was given back
+
+
+def test_a_disk_that_is_full_is_a_507_and_serving_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        ask(c)
+        pages = running.runtime.store.db.execute("pragma page_count").fetchone()[0]
+        running.runtime.store.db.execute(f"pragma max_page_count = {pages}")  # SQLite's own "database or disk is full"
+        statuses = {chat(c, n=8, max_tokens=64).status_code for _ in range(12)}
+        assert statuses <= {200, 507} and 507 in statuses
+        running.runtime.store.db.execute("pragma max_page_count = 1000000")
+        assert time.time() and ask(c)["choices"]
