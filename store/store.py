@@ -1,0 +1,481 @@
+"""The database's one front: every write is a method here, in one transaction, durable when it returns.
+
+The server process opens it for writing (and holds the data directory's lock); the learner and `plaudit export` open it
+read-only. Safe to call from several threads of one process. Owns rows; files of versions and rounds are
+`adapters.py` and `rounds.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock
+from sqlite_utils import Database
+
+from store.database import connect_reader, connect_writer, lock_data_dir, plain_errors
+from store.errors import NotFound
+from store.records import (
+    AdapterRow,
+    Comparison,
+    Completion,
+    Control,
+    Conversation,
+    ConversationRow,
+    Deployment,
+    Message,
+    MessageNode,
+    NewComparison,
+    Vote,
+    VoteCounts,
+    VotedComparison,
+)
+
+KINDS = ("favourite", "ranking", "tie", "none")
+EXPORT_ROWS = 200  # votes read at a time by `export`
+
+
+def new_id(kind: str) -> str:
+    """A fresh id such as `cmp_5f0c...`: 96 random bits."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+class Store:
+    """One data directory's database. Make it with `Store.open`; a context manager."""
+
+    def __init__(self, db: Database, data_dir: Path, lock: FileLock | None) -> None:
+        self.db, self.data_dir, self._file_lock = db, data_dir, lock
+        self._mutex = threading.RLock()
+
+    @classmethod
+    def open(cls, data_dir: str | Path, *, read_only: bool = False) -> Self:
+        """Open `data_dir`, making it if need be. Raises DataDirInUse, DataDirUnwritable, DatabaseTooNew, DiskFull; read-only: NoDatabase."""
+        data_dir = Path(data_dir)
+        if read_only:
+            return cls(connect_reader(data_dir), data_dir, None)
+        lock = lock_data_dir(data_dir)
+        try:
+            return cls(connect_writer(data_dir), data_dir, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def close(self) -> None:
+        """Close the connection and give the lock back. Twice is fine."""
+        with self._mutex:
+            self.db.close()
+            if self._file_lock is not None:
+                self._file_lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[Database]:
+        """One transaction, begun as a writer; all of it or nothing."""
+        with self._mutex, plain_errors(self.data_dir):
+            self.db.execute("begin immediate")
+            try:
+                yield self.db
+                self.db.execute("commit")
+            except BaseException:
+                if self.db.conn.in_transaction:
+                    self.db.execute("rollback")
+                raise
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Database]:
+        """One consistent snapshot. Inside a write it sees the write."""
+        with self._mutex, plain_errors(self.data_dir):
+            if self.db.conn.in_transaction:
+                yield self.db
+                return
+            self.db.execute("begin")
+            try:
+                yield self.db
+            finally:
+                self.db.execute("rollback")
+
+    # --- chat
+
+    def record_comparison(self, new: NewComparison) -> Comparison:
+        """Keep a comparison with its conversation and message path. Raises NotFound for somebody else's conversation."""
+        now = time.time()
+        with self._write() as db:
+            self._insert_comparison(db, new, now)
+        return Comparison(
+            new.id, new.conversation_id, new.voter, new.messages, new.settings, now, new.completions
+        )
+
+    def _insert_comparison(self, db: Database, new: NewComparison, now: float) -> None:
+        owner = db.execute("select voter from conversations where id = ?", [new.conversation_id]).fetchone()
+        if owner is None:
+            db["conversations"].insert({"id": new.conversation_id, "voter": new.voter, "created": now, "updated": now})
+        elif owner[0] != new.voter:
+            raise NotFound("there is no such conversation of yours")
+        else:
+            db.execute("update conversations set updated = ? where id = ?", [now, new.conversation_id])
+        leaf = self._path(db, new.conversation_id, new.messages, now)
+        db["comparisons"].insert({
+            "id": new.id, "conversation_id": new.conversation_id, "voter": new.voter, "message_id": leaf,
+            "settings": json.dumps(new.settings), "created": now,
+        })
+        db.conn.executemany(
+            "insert into completions values (?, ?, ?, ?, ?, ?, ?, ?)",
+            [(new.id, c.index, c.text, json.dumps(list(c.token_ids)), json.dumps([round(p, 6) for p in c.logprobs]),
+              c.version, c.finish_reason, c.seed) for c in new.completions],
+        )
+
+    def _path(self, db: Database, conversation_id: str, messages: Sequence[Message], now: float) -> str:
+        """Find or make the nodes of `messages` from the root on; the last one's id. An assistant's message that is one
+        of the replies sampled at its parent is linked to it: that is how a pick grows a branch."""
+        parent: str | None = None
+        for message in messages:
+            found = db.execute(
+                "select id from messages where conversation_id = ? and parent_id is ? and role = ? and content = ?",
+                [conversation_id, parent, message["role"], message["content"]],
+            ).fetchone()
+            if found is None:
+                sampled = db.execute(
+                    "select c.comparison_id, c.slot from completions c join comparisons p on p.id = c.comparison_id "
+                    "where p.message_id is ? and c.text = ? order by p.created, c.slot",
+                    [parent, message["content"]],
+                ).fetchone() if message["role"] == "assistant" else None
+                made = new_id("msg")
+                db["messages"].insert({
+                    "id": made, "conversation_id": conversation_id, "parent_id": parent, "role": message["role"],
+                    "content": message["content"], "comparison_id": sampled and sampled[0],
+                    "completion_index": sampled and sampled[1], "created": now,
+                })
+                found = (made,)
+            parent = found[0]
+        if parent is None:
+            raise ValueError("a comparison needs at least one message")
+        return parent
+
+    def comparison(self, comparison_id: str) -> Comparison | None:
+        """One comparison with its standing votes."""
+        with self._read() as db:
+            return next(iter(self._comparisons(db, "id = ?", [comparison_id])), None)
+
+    def _comparisons(self, db: Database, where: str, args: Sequence[Any]) -> list[Comparison]:
+        """Comparisons that match, oldest first, in four queries however many there are."""
+        chosen = f"select id from comparisons where {where}"
+        completions: dict[str, list[Completion]] = {}
+        for row in db.execute(f"select * from completions where comparison_id in ({chosen}) order by comparison_id, slot", args):
+            completion = Completion(row[1], row[2], tuple(json.loads(row[3])), tuple(json.loads(row[4])), *row[5:])
+            completions.setdefault(row[0], []).append(completion)
+        votes: dict[str, list[Vote]] = {}
+        standing = f"select {VOTE} from votes v join standing_votes s on s.seq = v.seq where s.comparison_id in ({chosen}) order by v.seq"
+        for vote in map(vote_from_row, db.execute(standing, args)):
+            votes.setdefault(vote.comparison_id, []).append(vote)
+        conversations = f"select conversation_id from comparisons where {where}"
+        nodes = {row[0]: row[1:] for row in db.execute(
+            f"select id, parent_id, role, content from messages where conversation_id in ({conversations})", args)}
+        found = []
+        for row in db.execute(f"select id, conversation_id, voter, message_id, settings, created from comparisons where {where} order by created, id", args):
+            messages: list[Message] = []
+            node: str | None = row[3]
+            while node is not None:
+                node, role, content = nodes[node]
+                messages.append({"role": role, "content": content})
+            found.append(Comparison(
+                row[0], row[1], row[2], tuple(reversed(messages)), json.loads(row[4]), row[5],
+                tuple(completions.get(row[0], ())), tuple(votes.get(row[0], ())),
+            ))
+        return found
+
+    def conversations(self, voter: str | None = None, limit: int = 50) -> list[ConversationRow]:
+        """Newest first; everybody's when no voter is named."""
+        with self._read() as db:
+            rows = db.execute(
+                "select c.id, c.voter, c.created, c.updated, coalesce((select substr(m.content, 1, 80) from messages m "
+                "where m.conversation_id = c.id and m.role = 'user' order by m.rowid limit 1), '') from conversations c "
+                "where ? is null or c.voter = ? order by c.updated desc, c.rowid desc limit ?", [voter, voter, limit])
+            return [ConversationRow(*row) for row in rows]
+
+    def conversation(self, conversation_id: str) -> Conversation | None:
+        """One conversation with its tree and comparisons."""
+        with self._read() as db:
+            row = db.execute("select id, voter, created from conversations where id = ?", [conversation_id]).fetchone()
+            if row is None:
+                return None
+            nodes = tuple(
+                MessageNode(m[0], m[1], m[2], m[3], None if m[4] is None else (m[4], m[5]), m[6])
+                for m in db.execute(
+                    "select id, parent_id, role, content, comparison_id, completion_index, created from messages "
+                    "where conversation_id = ? order by rowid", [conversation_id])
+            )
+            return Conversation(*row, nodes, tuple(self._comparisons(db, "conversation_id = ?", [conversation_id])))
+
+    def erase_conversation(self, conversation_id: str) -> dict[str, Any]:
+        """Remove a conversation's words, replies and votes for good, overwriting them on disk.
+
+        Returns `{"id", "votes", "rounds", "versions"}`: how many votes left, and which rounds and versions had learned
+        from them. Raises NotFound.
+        """
+        with self._write() as db:
+            if db.execute("select 1 from conversations where id = ?", [conversation_id]).fetchone() is None:
+                raise NotFound("there is no such conversation")
+            mine = "select id from comparisons where conversation_id = :c"
+            c = {"c": conversation_id}
+            rounds = [row[0] for row in db.execute(
+                f"select distinct round from round_votes where vote_id in (select id from votes where comparison_id in ({mine})) order by round", c)]
+            votes = db.execute(f"select count(*) from standing_votes where comparison_id in ({mine})", c).fetchone()[0]
+            for table in ("demonstrations", "standing_votes", "votes", "completions"):
+                db.execute(f"delete from {table} where comparison_id in ({mine})", c)
+            db.execute("delete from comparisons where conversation_id = :c", c)
+            db.execute("update messages set parent_id = null where conversation_id = :c", c)
+            db.execute("delete from messages where conversation_id = :c", c)
+            db.execute("delete from conversations where id = :c", c)
+            records = [self.round(n) or {} for n in rounds]
+            versions = sorted({str(r["version"]) for r in records if r.get("version")})
+            self._audit(db, "store", "erase", {"conversation": conversation_id, "votes": votes, "versions": versions})
+        with self._mutex:
+            self.db.execute("pragma wal_checkpoint(truncate)").fetchall()  # no-op without a write-ahead log
+        return {"id": conversation_id, "votes": votes, "rounds": rounds, "versions": versions}
+
+    # --- votes
+
+    def record_vote(
+        self, comparison_id: str, voter: str, *, groups: Sequence[Sequence[int]], kind: str,
+        edit: str | None = None, comment: str | None = None,
+    ) -> tuple[Vote, bool]:
+        """Append a vote, which from then on stands for its voter; (the vote, whether it is the first standing one).
+
+        `groups`: completion indices, best first, ties grouped. Raises NotFound.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is not a kind of vote")
+        with self._write() as db:
+            return self._insert_vote(db, comparison_id, voter, groups, kind, edit, comment, time.time())
+
+    def _insert_vote(
+        self, db: Database, comparison_id: str, voter: str, groups: Sequence[Sequence[int]], kind: str,
+        edit: str | None, comment: str | None, now: float,
+    ) -> tuple[Vote, bool]:
+        if db.execute("select 1 from comparisons where id = ?", [comparison_id]).fetchone() is None:
+            raise NotFound("there is no such comparison")
+        stood = db.execute("select seq from standing_votes where comparison_id = ? and voter = ?", [comparison_id, voter]).fetchone()
+        vote_id = new_id("vote")
+        seq = db.execute(
+            "insert into votes (id, comparison_id, voter, kind, groups, edit, comment, created) values (?, ?, ?, ?, ?, ?, ?, ?) returning seq",
+            [vote_id, comparison_id, voter, kind, json.dumps([list(group) for group in groups]), edit, comment, now],
+        ).fetchone()[0]
+        db.execute("insert or replace into standing_votes values (?, ?, ?)", [comparison_id, voter, seq])
+        db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
+        if edit:
+            db["demonstrations"].insert({"seq": seq, "comparison_id": comparison_id, "voter": voter, "reply": edit, "created": now})
+        frozen = tuple(tuple(group) for group in groups)
+        return Vote(vote_id, seq, comparison_id, voter, kind, frozen, edit, comment, now), stood is None
+
+    def withdraw_vote(self, comparison_id: str, voter: str) -> bool:
+        """Append a withdrawal; False when no vote stands."""
+        with self._write() as db:
+            found = db.execute("delete from standing_votes where comparison_id = ? and voter = ? returning seq", [comparison_id, voter]).fetchall()
+            if not found:
+                return False
+            db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
+            db["votes"].insert({
+                "id": new_id("vote"), "comparison_id": comparison_id, "voter": voter, "kind": "withdrawn", "groups": "[]",
+                "edit": None, "comment": None, "created": time.time(),
+            })
+            return True
+
+    def vote_history(self, comparison_id: str) -> list[Vote]:
+        """Every vote and withdrawal on a comparison, oldest first."""
+        with self._read() as db:
+            return [vote_from_row(row) for row in db.execute(f"select {VOTE} from votes v where v.comparison_id = ? order by v.seq", [comparison_id])]
+
+    def voted_comparisons(self, *, since_seq: int = 0, limit: int | None = None) -> list[VotedComparison]:
+        """Standing votes after `since_seq`, oldest first, with what they judge."""
+        with self._read() as db:
+            last = db.execute("select seq from standing_votes where seq > ? order by seq limit 1 offset ?", [since_seq, (limit or 1) - 1]).fetchone() if limit else None
+            until = last[0] if last else 2**62
+            where = "id in (select comparison_id from standing_votes where seq > ? and seq <= ?)"
+            found = self._comparisons(db, where, [since_seq, until])
+        voted = [VotedComparison(comparison, vote) for comparison in found for vote in comparison.votes if since_seq < vote.seq <= until]
+        return sorted(voted, key=lambda item: item.vote.seq)
+
+    def standing_votes(self, *, since_seq: int = 0) -> int:
+        """How many votes stand whose seq is after `since_seq`."""
+        with self._read() as db:
+            return db.execute("select count(*) from standing_votes where seq > ?", [since_seq]).fetchone()[0]
+
+    def vote_counts(self) -> VoteCounts:
+        """Standing votes, and those that no finished round has used yet."""
+        with self._read() as db:
+            used = db.execute("select coalesce(max(last_seq), 0) from rounds").fetchone()[0]
+            last = db.execute("select coalesce(max(seq), 0) from votes").fetchone()[0]
+            return VoteCounts(self.standing_votes(), self.standing_votes(since_seq=used), last)
+
+    def export(self, format: str) -> Iterator[dict[str, Any]]:
+        """Standing votes as rows: `preference` (TRL's conversational prompt/chosen/rejected, one row a strict pair),
+        `ranking` (one row a vote) or `demonstration` (a conversation that ends with a person's own reply)."""
+        make = {"preference": preference_rows, "ranking": ranking_rows, "demonstration": demonstration_rows}[format]
+        seq = 0
+        while batch := self.voted_comparisons(since_seq=seq, limit=EXPORT_ROWS):
+            for item in batch:
+                yield from make(item)
+            seq = batch[-1].vote.seq
+
+    def counts(self) -> dict[str, int]:
+        """How many of everything there are."""
+        tables = ("conversations", "comparisons", "completions", "demonstrations", "adapters", "rounds")
+        with self._read() as db:
+            return {"votes": self.standing_votes()} | {name: db[name].count for name in tables}
+
+    # --- adapters, rounds, deployment, control
+
+    def take_in_adapter(self, manifest: Mapping[str, Any], status: str) -> None:
+        """Remember a published version; its manifest stays as first taken in."""
+        with self._write() as db:
+            db.execute(
+                "insert into adapters values (?, ?, ?, ?) on conflict (version) do update set status = excluded.status",
+                [manifest["version"], status, json.dumps(dict(manifest)), time.time()])
+
+    def adapters(self) -> list[AdapterRow]:
+        """All versions, oldest first."""
+        with self._read() as db:
+            return [AdapterRow(v, s, json.loads(m), t) for v, s, m, t in db.execute("select version, status, manifest, taken_in from adapters order by version")]
+
+    def adapter(self, version: str) -> AdapterRow | None:
+        """One version."""
+        return next((row for row in self.adapters() if row.version == version), None)
+
+    def set_status(self, version: str, status: str) -> None:
+        """Change a version's status. Raises NotFound."""
+        with self._write() as db:
+            if not db.execute("update adapters set status = ? where version = ? returning 1", [status, version]).fetchall():
+                raise NotFound(f"there is no version {version}")
+
+    def deployment(self) -> Deployment:
+        """What is served."""
+        with self._read() as db:
+            row = db.execute("select live, previous, candidate, since, actor from deployments order by id desc limit 1").fetchone()
+            return Deployment(*row) if row else Deployment()
+
+    def deploy(self, live: str, previous: str | None, candidate: str | None = None, *, actor: str, action: str) -> None:
+        """Record a new deployment, its versions' statuses and the audit entry, in one transaction. `since` moves only with `live`."""
+        now = time.time()
+        with self._write() as db:
+            was = self.deployment()
+            since = was.since if was.live == live and was.since else now
+            db["deployments"].insert({"live": live, "previous": previous, "candidate": candidate, "since": since, "actor": actor, "action": action})
+            gone = [v for v in (was.live, was.candidate) if v not in (None, live, candidate)]
+            for version, status in [*((v, "retired") for v in gone), (candidate, "candidate"), (live, "live")]:
+                db.execute("update adapters set status = ? where version = ? and status != 'rejected'", [status, version])
+            self._audit(db, actor, action, {"live": live, "previous": previous, "candidate": candidate})
+
+    def take_in_round(self, n: int, record: Mapping[str, Any]) -> None:
+        """Remember a finished round and which votes it used. An abandoned round has used none."""
+        abandoned = record.get("state") == "abandoned"
+        last_seq = 0 if abandoned else int(record.get("last_seq") or 0)
+        with self._write() as db:
+            db.execute("insert or replace into rounds values (?, ?, ?, ?)", [n, json.dumps(dict(record)), last_seq, time.time()])
+            db.conn.executemany("insert or ignore into round_votes values (?, ?)", [(n, v) for v in record.get("vote_ids") or ()])
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Every finished round as the learner wrote it, oldest first."""
+        with self._read() as db:
+            return [json.loads(row[0]) for row in db.execute("select record from rounds order by round")]
+
+    def round(self, n: int) -> dict[str, Any] | None:
+        """One finished round."""
+        with self._read() as db:
+            row = db.execute("select record from rounds where round = ?", [n]).fetchone()
+            return json.loads(row[0]) if row else None
+
+    def control(self) -> Control:
+        """What the learner has been told."""
+        with self._read() as db:
+            paused, run_requested = db.execute("select paused, run_requested from control").fetchone()
+            return Control(bool(paused), run_requested)
+
+    def set_control(self, *, paused: bool | None = None, run_requested: int | None = None) -> None:
+        """Tell the learner; what is None stays."""
+        with self._write() as db:
+            db.execute("update control set paused = coalesce(?, paused), run_requested = coalesce(?, run_requested)",
+                       [None if paused is None else int(paused), run_requested])
+
+    # --- audit
+
+    def audit(self, actor: str, action: str, detail: Mapping[str, Any]) -> None:
+        """Append an entry to the hash-chained log. No words of anybody's belong in it."""
+        with self._write() as db:
+            self._audit(db, actor, action, detail)
+
+    def _audit(self, db: Database, actor: str, action: str, detail: Mapping[str, Any]) -> None:
+        row = db.execute("select id, digest from audit order by id desc limit 1").fetchone()
+        number, previous = (row[0] + 1, row[1]) if row else (1, "")
+        entry = [number, time.time(), actor, action, json.dumps(dict(detail), sort_keys=True)]
+        db.execute("insert into audit values (?, ?, ?, ?, ?, ?, ?)", [*entry, previous, chain(previous, entry)])
+
+    def audit_log(self) -> list[dict[str, Any]]:
+        """Every entry, oldest first."""
+        with self._read() as db:
+            names = ("id", "at", "actor", "action", "detail", "previous", "digest")
+            return [dict(zip(names, row, strict=True)) for row in db.execute("select * from audit order by id")]
+
+    def verify_audit(self) -> bool:
+        """Whether every entry still hangs on the one before it. (A cut-off end needs a copy of the last digest elsewhere to be seen.)"""
+        previous = ""
+        for number, row in enumerate(self.audit_log(), 1):
+            entry = [row["id"], row["at"], row["actor"], row["action"], row["detail"]]
+            if row["id"] != number or row["previous"] != previous or row["digest"] != chain(previous, entry):
+                return False
+            previous = row["digest"]
+        return True
+
+
+VOTE = "v.id, v.seq, v.comparison_id, v.voter, v.kind, v.groups, v.edit, v.comment, v.created"
+
+
+def vote_from_row(row: Sequence[Any]) -> Vote:
+    """A `Vote` from the columns of `VOTE`."""
+    return Vote(*row[:5], tuple(tuple(group) for group in json.loads(row[5])), *row[6:])
+
+
+def chain(previous: str, entry: Sequence[Any]) -> str:
+    """sha256 over the digest before and this entry."""
+    return hashlib.sha256((previous + json.dumps(list(entry))).encode()).hexdigest()
+
+
+def said(role: str, text: str) -> list[Message]:
+    """One message, in a list."""
+    return [{"role": role, "content": text}]
+
+
+def preference_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
+    """One row for each strict pair of the ranking; an edit beats what it edited (with no favourite: every reply)."""
+    prompt, vote = list(item.comparison.messages), item.vote
+    text = {c.index: c.text for c in item.comparison.completions}
+    pairs = [(text[w], text[loser]) for i, group in enumerate(vote.groups) for w in group for later in vote.groups[i + 1:] for loser in later]
+    if vote.edit:
+        pairs += [(vote.edit, text[i]) for i in (vote.groups[0] if vote.groups else text)]
+    for chosen, rejected in pairs:
+        yield {"prompt": prompt, "chosen": said("assistant", chosen), "rejected": said("assistant", rejected), "voter": vote.voter}
+
+
+def ranking_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
+    """The vote whole."""
+    vote = item.vote
+    completions = [{"text": c.text, "version": c.version} for c in item.comparison.completions]
+    yield {"prompt": list(item.comparison.messages), "completions": completions, "kind": vote.kind,
+           "ranking": [list(group) for group in vote.groups], "edit": vote.edit, "comment": vote.comment, "voter": vote.voter}
+
+
+def demonstration_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
+    """The conversation with the person's own reply at its end."""
+    if item.vote.edit:
+        yield {"messages": [*item.comparison.messages, *said("assistant", item.vote.edit)], "voter": item.vote.voter}
