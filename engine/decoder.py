@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import packed
 from engine.lora import LoraBank, LoraLinear, Part
 from engine.source import ModelError
 
@@ -50,6 +51,7 @@ class Decoder(nn.Module):
                 "the weights lack lm_head.weight: this is not a causal language model's checkpoint"
             )
         self.head = self.embed if tied else head  # (V, D)
+        self.packed_head: Tensor | None = None
         take.finish()
         self.register_buffer("inv_freq", rope_frequencies(config).to(self.embed.device), persistent=False)
 
@@ -64,7 +66,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return F.linear(hidden, self.head)
+        return packed.linear(hidden, self.head, None, self.packed_head)
+
+    def pack(self) -> None:
+        """Lay out the output layer for fast inference."""
+        self.packed_head = packed.pack(self.head)
 
 
 class Block(nn.Module):

@@ -75,6 +75,7 @@ class Engine:
         max_queue: int = 256,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
+        model.pack()
         self.max_context = min(max_context or model.max_context, model.max_context)
         self.scheduler = Scheduler(max_sequences, max_queue)
         self.stats = EngineStats()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from engine import packed
 from engine.cache import KVCache, Prompt, Rows, additive
 from engine.lora import LoraBank, LoraLinear, Part
 from engine.source import ModelError, weight_files
@@ -58,7 +59,8 @@ class General(nn.Module):
         model = model.to(device).eval().requires_grad_(False)
         self.core: nn.Module = model.base_model
         self.head: nn.Module | None = model.get_output_embeddings()
-        if self.head is None or self.core is model:
+        self.packed_head: Tensor | None = None
+        if not isinstance(self.head, nn.Linear) or self.core is model:
             raise ModelError(f"{name} has no language-model head: choose a causal language model")
         self.takes_positions = "position_ids" in inspect.signature(self.core.forward).parameters
         try:
@@ -87,7 +89,11 @@ class General(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return self.head(hidden)
+        return packed.linear(hidden, self.head.weight, self.head.bias, self.packed_head)
+
+    def pack(self) -> None:
+        """Lay out the output layer for fast inference."""
+        self.packed_head = packed.pack(self.head.weight)
 
     @torch.no_grad()
     def _prove(self, model: nn.Module) -> tuple[int, int, int]:

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import packed
+
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # What changes the sum above; an adapter that sets one of these differs from what we would compute.
 REFUSED = {
@@ -76,11 +78,12 @@ class LoraLinear(nn.Module):
         self.parts = tuple(parts)
         self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.packed: Tensor | None = None  # set by CausalModel.pack
         self.bank = bank
         bank.linears.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = packed.linear(x, self.weight, self.bias, self.packed)
         active = self.bank.active
         return y if active is None else active.add(self, x, y)
 

@@ -37,21 +37,20 @@ def sample(
     """
     if any(t not in (0, 1) for t in temperatures):
         logits = logits / torch.tensor([[t or 1.0] for t in temperatures], device=logits.device)
-    log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    probs = logits.softmax(-1)
     greedy = [t == 0 for t in temperatures]
     if all(greedy):
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        probs = (logits - log_total).exp()
+        kept = probs
         if any(p < 1 for p in top_ps):
-            probs = nucleus(probs, torch.tensor(top_ps, device=logits.device))
-        tokens = invert(probs, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+            kept = nucleus(probs, torch.tensor(top_ps, device=logits.device))
+        tokens = invert(kept, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
         if any(greedy):
             tokens = torch.where(
                 torch.tensor(greedy, device=logits.device)[:, None], logits.argmax(-1, keepdim=True), tokens
             )
-    logprobs = logits.gather(-1, tokens) - log_total
-    return tokens[:, 0].tolist(), logprobs[:, 0].tolist()
+    return tokens[:, 0].tolist(), probs.gather(-1, tokens)[:, 0].log().tolist()
 
 
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:

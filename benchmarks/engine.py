@@ -1,0 +1,205 @@
+"""How fast the engine is against `transformers.generate`, on the same weights, in the same run.
+
+    python -m benchmarks.engine [--quick] [--threads N] [--repeats N]
+
+Two models: S, the bundled starter (or, where it is absent, a random Llama of about 5M parameters), and M, the shape of
+SmolLM2-135M with random weights. Two loads: one prompt of 256 tokens with K = 4 replies of 64 tokens, and 8 requests
+of 160 to 256 tokens at once. Contestants take turns within every repeat, and a figure is the median over repeats, so a
+noisy machine disturbs all of them alike. JSON on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from engine.engine import Engine, SamplingParams
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+
+STARTER = Path(__file__).parents[1] / "learner" / "starter" / "assistant"
+SHAPES = {
+    "S": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+          "num_key_value_heads": 4, "vocab_size": 4096},
+    "M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+          "num_key_value_heads": 3, "vocab_size": 49152},
+}  # fmt: skip
+PROMPT, NEW, REPLIES, REQUESTS = 256, 64, 4, 8
+
+
+def random_model(path: Path, shape: dict[str, int]) -> Path:
+    """A Llama of this shape with random weights, and a tokenizer in which every id has some text."""
+    vocab = {"<end>": 0, "<unk>": 1} | {f"t{i}": i for i in range(2, shape["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(path)
+    config = AutoConfig.for_model(
+        "llama", max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0, **shape,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+class Peer:
+    """transformers' own generate."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None  # all replies are NEW tokens long
+        self.pad = self.model.config.pad_token_id or 0
+
+    @torch.inference_mode()
+    def __call__(self, prompts: list[list[int]], new: int, replies: int = 1) -> None:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=new, min_new_tokens=new, num_return_sequences=replies, pad_token_id=self.pad,
+        )  # fmt: skip
+        assert out.shape == (len(prompts) * replies, longest + new)
+
+
+class Ours:
+    """The engine, as the server drives it: add, then step until done."""
+
+    def __init__(self, directory: Path) -> None:
+        model = CausalModel.load(directory)
+        self.engine = Engine(model, ChatTokenizer.load(directory), max_sequences=32)
+
+    def __call__(self, prompts: list[list[int]], new: int, replies: int = 1) -> None:
+        params = [SamplingParams(max_tokens=new, seed=i, ignore_eos=True) for i in range(replies)]
+        sequences = [s for p in prompts for s in self.engine.add(p, params, ["base"] * replies)]
+        while self.engine.has_work():
+            self.engine.step()
+        assert all(len(s.token_ids) == new for s in sequences)
+
+
+def seconds(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def contest(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taking turns; one uncounted turn first."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name, run in contestants.items():
+            elapsed = seconds(run)
+            if turn:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(name: str, directory: Path, description: str, repeats: int, new: int) -> list[dict]:
+    """All figures of one model, printed as they come."""
+    ours, peer = Ours(directory), Peer(directory)
+    vocab = ours.engine.model.vocab_size
+    generator = torch.Generator().manual_seed(1)
+
+    def prompt(length: int) -> list[int]:
+        return torch.randint(2, vocab, (length,), generator=generator).tolist()
+
+    one = [prompt(PROMPT)]
+    many = [prompt(160 + 96 * i // (REQUESTS - 1)) for i in range(REQUESTS)]
+    loads: list[tuple[str, int, dict[str, Callable[[], None]]]] = [
+        (
+            f"1 prompt, K={REPLIES}", REPLIES * new,
+            {
+                "engine": lambda: ours(one, new, REPLIES),
+                f"generate(num_return_sequences={REPLIES})": lambda: peer(one, new, REPLIES),
+            },
+        ),
+        (
+            "first token, K=4", REPLIES,
+            {"engine": lambda: ours(one, 1, REPLIES), f"generate(num_return_sequences={REPLIES})": lambda: peer(one, 1, REPLIES)},
+        ),
+        (
+            f"{REQUESTS} requests at once", REQUESTS * new,
+            {
+                "engine": lambda: ours(many, new),
+                "generate, one at a time": lambda: [peer([p], new) for p in many] and None,
+                "generate, padded batch": lambda: peer(many, new),
+            },
+        ),
+    ]  # fmt: skip
+    print(f"\n{name}: {description}")
+    rows = []
+    for load, tokens, contestants in loads:
+        medians = contest(contestants, repeats)
+        for contestant, s in medians.items():
+            ratio = s / medians["engine"]
+            print(
+                f"  {load:22} {contestant:32} {tokens / s:8.1f} tok/s  {1000 * s:8.1f} ms   engine is {ratio:5.2f}x"
+            )
+            rows.append({"model": name, "load": load, "contestant": contestant, "seconds": s, "tokens_per_s": tokens / s, "engine_ratio": ratio})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="S only, 16 new tokens, two repeats")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 = torch's own choice")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    repeats, new = (2, 16) if args.quick else (args.repeats, NEW)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if (STARTER / "model.safetensors").is_file():
+            models = [("S", STARTER, "the bundled starter model")]
+        else:
+            models = [
+                (
+                    "S",
+                    random_model(Path(scratch) / "S", SHAPES["S"]),
+                    "a random Llama of 5.1M parameters (no starter here)",
+                )
+            ]
+        if not args.quick:
+            models.append(
+                ("M", random_model(Path(scratch) / "M", SHAPES["M"]), "SmolLM2-135M's shape, random weights")
+            )
+        print(
+            f"prompt {PROMPT}, {new} new tokens, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
+        for name, directory, description in models:
+            rows += measure(name, directory, description, repeats, new)
+    worst = min(row["engine_ratio"] for row in rows if row["contestant"] != "engine")
+    print(f"\nworst ratio against a peer: {worst:.2f}x ({'ahead' if worst > 1 else 'BEHIND'})")
+    print(
+        json.dumps(
+            {
+                "benchmark": "engine",
+                "threads": torch.get_num_threads(),
+                "repeats": repeats,
+                "worst_ratio": worst,
+                "rows": rows,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
