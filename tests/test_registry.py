@@ -1,0 +1,185 @@
+"""Published versions: atomic, verified, content-addressed; round files; import."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from store import AdapterRegistry, BadImport, CorruptAdapter, RoundFiles, Store, import_preferences
+from store.adapters import Manifest
+
+ROOT = Path(__file__).parents[1]
+
+
+def adapter(text: str = "weights"):
+    """A writer of the two files every adapter has."""
+    def write(directory: Path) -> None:
+        (directory / "adapter_config.json").write_text("{}")
+        (directory / "adapter_model.safetensors").write_text(text)
+    return write
+
+
+def test_a_version_is_what_was_written_and_says_so(tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path)
+    made = registry.publish(adapter(), {"parent": "base", "round": 3, "gate": {"verdict": "pass", "checks": []}, "note": "x"})
+    assert made.version == "v000001" and registry.versions() == ["v000001"]
+    weights = hashlib.sha256(b"weights").hexdigest()
+    assert made.files["adapter_model.safetensors"] == weights
+    config = hashlib.sha256(b"{}").hexdigest()
+    assert made.sha256 == hashlib.sha256(f"adapter_config.json {config}\nadapter_model.safetensors {weights}".encode()).hexdigest()
+    assert registry.verify("v000001") == made == Manifest.from_dict(made.to_dict())
+    assert made.extra == {"note": "x"} and "v000001" in (tmp_path / "v000001" / "README.md").read_text()
+
+
+def test_the_same_content_has_the_same_address_and_a_new_version(tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path)
+    one, two, other = (registry.publish(adapter(text), {}) for text in ("a", "a", "b"))
+    assert [m.version for m in (one, two, other)] == ["v000001", "v000002", "v000003"]
+    assert one.sha256 == two.sha256 != other.sha256
+
+
+@pytest.mark.parametrize("damage, named", [
+    (lambda d: (d / "adapter_model.safetensors").write_text("other"), "adapter_model.safetensors is not what was published"),
+    (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    (lambda d: (d / "extra.bin").write_text("x"), "extra.bin is not in its manifest"),
+    (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
+    (lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    (lambda d: (d / "link").symlink_to("/etc/passwd"), "link is a link"),
+    (lambda d: d.rename(d.parent / "v000002"), "of v000001"),
+])
+def test_damage_is_named(tmp_path: Path, damage, named: str) -> None:
+    registry = AdapterRegistry(tmp_path)
+    registry.publish(adapter(), {})
+    damage(tmp_path / "v000001")
+    with pytest.raises(CorruptAdapter, match=named):
+        registry.verify(registry.versions()[0])
+
+
+def test_a_manifest_cannot_vouch_for_other_weights(tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path)
+    registry.publish(adapter(), {})
+    file = tmp_path / "v000001" / "adapter_model.safetensors"
+    file.write_text("other")
+    manifest = json.loads((tmp_path / "v000001" / "manifest.json").read_text())
+    manifest["files"]["adapter_model.safetensors"] = hashlib.sha256(b"other").hexdigest()
+    (tmp_path / "v000001" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptAdapter, match="does not address"):
+        registry.verify("v000001")
+
+
+def test_names_that_are_not_versions_are_refused(tmp_path: Path) -> None:
+    for name in ("../v000001", "v1", "", "base"):
+        with pytest.raises(ValueError, match="not a version"):
+            AdapterRegistry(tmp_path).path(name)
+
+
+def test_a_failed_publish_leaves_nothing(tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path)
+    with pytest.raises(CorruptAdapter, match="was not written"):
+        registry.publish(lambda directory: None, {})
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == []
+
+
+PUBLISHER = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from store import AdapterRegistry
+def write(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    print("half", flush=True)
+    time.sleep(60)
+AdapterRegistry(sys.argv[1]).publish(write, {})
+"""
+
+
+def test_a_publisher_killed_half_way_leaves_no_version_and_the_next_cleans_up(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(tmp_path), str(ROOT)], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"half\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    registry = AdapterRegistry(tmp_path)
+    assert registry.versions() == [] and list(tmp_path.glob(".publishing-*"))
+    assert registry.publish(adapter(), {}).version == "v000001"
+    assert not list(tmp_path.glob(".publishing-*"))
+
+
+def test_rounds_are_numbered_finished_and_told_apart_from_abandoned_ones(tmp_path: Path) -> None:
+    files = RoundFiles(tmp_path / "rounds")
+    assert files.finished() == [] and files.read_heartbeat() is None
+    assert [files.begin(), files.begin()] == [1, 2]
+    files.progress(2, stage="ppo", fraction=0.5)
+    files.finish(1, {"state": "published", "votes": 16})
+    assert files.finished() == [1] and files.unfinished() == [2]
+    assert files.read(1) == {"round": 1, "state": "published", "votes": 16}
+    assert files.read_progress(2)["fraction"] == 0.5
+    with pytest.raises(ValueError, match="JSON"):
+        files.finish(2, {"kl": float("nan")})
+    assert files.unfinished() == [2] and not [p for p in files.directory(2).iterdir() if "round.json" in p.name]
+    files.heartbeat(state="idle")
+    assert files.read_heartbeat()["state"] == "idle"
+    (tmp_path / "rounds" / "learner.json").write_text("{")
+    assert files.read_heartbeat() is None
+
+
+ROW = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Hello!"}],
+       "rejected": [{"role": "assistant", "content": "Go away."}], "voter": "human"}
+
+
+@pytest.mark.parametrize("name", ["votes.jsonl", "votes.jsonl.gz"])
+def test_imported_preferences_come_out_again_as_they_went_in(tmp_path: Path, name: str) -> None:
+    rows = [{**ROW, "chosen": f"good {i}", "rejected": f"bad {i}", "prompt": f"question {i}"} for i in range(12)]
+    text = "\n".join(json.dumps(row) for row in [ROW, *rows]) + "\n\n"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    seen = []
+    with Store.open(tmp_path / "data") as store:
+        assert import_preferences(store, tmp_path / name, progress=lambda *at: seen.append(at)) == 13
+        out = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in store.export("preference")]
+        slots = [item.vote.groups[0][0] for item in store.voted_comparisons()]
+    assert out[0] == {k: ROW[k] for k in ("prompt", "chosen", "rejected")}
+    assert out[5]["chosen"] == [{"role": "assistant", "content": "good 4"}]
+    assert set(slots) == {0, 1} and seen[-1] == (13, 13)
+
+
+@pytest.mark.parametrize("bad, why", [
+    ("not json", "is not JSON"),
+    ("[1]", "not a JSON object"),
+    (json.dumps({**ROW, "prompt": []}), "end with a message of the user"),
+    (json.dumps({k: ROW[k] for k in ("prompt", "chosen")}), "no 'rejected'"),
+    (json.dumps({**ROW, "chosen": ROW["rejected"]}), "same text"),
+    (json.dumps({**ROW, "chosen": [{"role": "robot", "content": "x"}]}), "role"),
+    (json.dumps({**ROW, "voter": 3}), "voter must be a string"),
+])
+def test_one_bad_line_is_named_and_nothing_is_taken_in(tmp_path: Path, bad: str, why: str) -> None:
+    (tmp_path / "f.jsonl").write_text(json.dumps(ROW) + "\n" + bad + "\n")
+    with Store.open(tmp_path / "data") as store:
+        with pytest.raises(BadImport, match=f"f.jsonl:2.*{why}"):
+            import_preferences(store, tmp_path / "f.jsonl")
+        assert store.counts()["comparisons"] == 0
+
+
+def test_a_file_that_is_not_there_or_not_text_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "x.gz").write_bytes(b"\x1f\x8bnope")
+    (tmp_path / "x.jsonl").write_bytes(os.urandom(100))
+    with Store.open(tmp_path / "data") as store:
+        for name in ("none.jsonl", "x.gz", "x.jsonl"):
+            with pytest.raises(BadImport, match=name):
+                import_preferences(store, tmp_path / name)
+
+
+def test_the_real_human_preferences_are_taken_in_whole(tmp_path: Path, shared_data: Path) -> None:
+    file = shared_data / "hh_harmless_preferences.jsonl.gz"
+    with gzip.open(file, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    with Store.open(tmp_path) as store:
+        assert import_preferences(store, file) == len(rows)
+        assert sum(1 for _ in store.export("preference")) == len(rows)
