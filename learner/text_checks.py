@@ -1,0 +1,139 @@
+"""Is a reply broken? A stated, mechanical check: repetition, cut ends, joins that no writer makes. Pure text.
+
+Owns the faults, refusals and diversity counts. Does not judge content, style or truth: it is what keeps PPO from paying
+for text that only a reward model likes ("They live in, They help flowers grow."). Used as a penalty in the reward, as a
+check of the gate, and beside the base model's own rate, since no such rule is free of false alarms.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+ENDS = re.compile(r"[.!?…。！？][\"'”’)\]*_`]*$|[)\]\"”’`|]$|[\U0001F300-\U0001FAFF\u2600-\u27BF]\ufe0f?$|[:;]-?[)D]$")
+CODE = re.compile(r"```.*?```", re.S)
+BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s")
+SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+SHORTENED = r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bapprox)(?<!\bno)(?<!\ba\.m)(?<!\bp\.m)(?<!\bSt)(?<!\bDr)(?<!\bMr)"
+OPENERS = "They|It|The|This|These|Those|There|He|She|We|You|Its|Their|A|An|And|But|So|If|When|What|How|Here|Some|Many|Most"
+FAULTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("sentence after a comma", re.compile(rf"\w[,;] (?:{OPENERS}) [a-z]")),  # "They live in, They help"
+    ("small letter after a full stop", re.compile(rf"[a-z]{{2,}}{SHORTENED}[.!?] [a-z]+")),
+    ("doubled punctuation", re.compile(r"[,;:][,;:.!?]|(?<!\.)\.[,;](?! )|(?<!\.)\.\.(?!\.)|[!?][.,;]|\.[!?]")),
+    ("space before punctuation", re.compile(r"\w [,.!?](?:\s|$)")),
+    ("no space after a full stop", re.compile(r"[a-z]{2,}[.!?,;](?:They|It|The|This|These|You|We|I|A|In|He|She)\b")),
+    ("nothing after a determiner", re.compile(r"\b(?:the|a|an|their|its|your|my|our)[.,;!?:](?:\s|$)")),
+    ("nothing after a preposition", re.compile(r"\b(?:in|at|into|from|with|by|than|as|and|or),(?:\s|$)")),
+    ("word twice", re.compile(r"\b(the|a|an|of|in|to|and|is|are|was|were|it|they|on|at|for|with|by|can|have|has) \1\b", re.I)),
+    ("words that cannot meet", re.compile(
+        r"\b(?:the|an|their|your|my|our) (?:the|an|is|are|was|were|of|in|on|to|and|or|it|they|can|has|have)\b"
+        r"|\b(?:is|are|was|were) (?:has|have|can|are|was|were)\b|\b(?:of|in|at|into|from|with|by) (?:is|are|was|were|of|can|has|have)\b"
+        r"|\b(?:and|or) (?:and|or|of)\b|\b(?:They|We|You) (?:is|was|has|of|the|a)\b|\b(?:It|He|She) (?:are|were|have|of|the|a)\b")),
+    ("empty bullet", re.compile(r"^\s*[-*•][ \t]*$", re.M)),
+    ("damaged character", re.compile("\ufffd")),
+)  # fmt: skip
+REFUSAL = re.compile(
+    r"\b(?:i (?:can ?not|can['’]t|won['’]t|will not|could not|am unable to|am not able to|must decline)"
+    r"(?: \w+)? (?:help|answer|do|assist|discuss|provide|tell|say|talk|give|to)"
+    r"|i (?:do not|don['’]t) know|i (?:know nothing|have no (?:answer|idea|information))|i am not sure"
+    r"|(?:i['’]m|i am) sorry|i (?:regret|apologi[sz]e)|as an ai\b)",
+    re.I,
+)
+
+
+def faults(text: str, finish_reason: str | None = "stop") -> list[str]:
+    """Names of what is broken in a reply, [] for none. finish_reason: as the engine says; "length" means it was cut."""
+    prose = CODE.sub(" ", text)
+    found = [name for name, pattern in FAULTS if pattern.search(prose)]
+    if not WORD.search(text):
+        found.append("no words")
+    elif finish_reason == "length" or not ends_well(text):
+        found.append("cut end")
+    if repeats_sentence(text):
+        found.append("repeated sentence")
+    if loops(text):
+        found.append("loop")
+    if text.count("(") > text.count(")") or text.count('"') % 2 or text.count("```") % 2:
+        found.append("bracket or quote left open")
+    return found
+
+
+def broken(text: str, finish_reason: str | None = "stop") -> bool:
+    """Whether the reply has any fault."""
+    return bool(faults(text, finish_reason))
+
+
+def broken_rate(replies: Iterable[tuple[str, str | None]]) -> float:
+    """Share of (text, finish_reason) with a fault; 0 for none at all."""
+    flags = [broken(text, reason) for text, reason in replies]
+    return sum(flags) / len(flags) if flags else 0.0
+
+
+def ends_well(text: str) -> bool:
+    """A final mark, or a last bullet that is as bare as the bullets before it."""
+    text = text.rstrip()
+    if ENDS.search(text):
+        return True
+    bullets = [line.rstrip() for line in text.splitlines() if BULLET.match(line)]
+    last = text.splitlines()[-1] if text else ""
+    return len(bullets) >= 2 and bool(BULLET.match(last)) and not any(ENDS.search(line) for line in bullets)
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and list lines, as their lower-case words."""
+    return [" ".join(words(part)) for part in SENTENCE.split(text) if words(part)]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words."""
+    return WORD.findall(text.lower())
+
+
+def repeats_sentence(text: str, shortest: int = 3) -> bool:
+    """Whether a sentence of at least `shortest` words comes twice."""
+    long = [s for s in sentences(text) if s.count(" ") + 1 >= shortest]
+    return len(long) > len(set(long))
+
+
+def loops(text: str, n: int = 4, times: int = 4) -> bool:
+    """Whether some n words come `times` times (more in a long text), or a stretch of up to 2n words three times in a row."""
+    w = words(text)
+    if any(count >= max(times, len(w) / 30) for count in ngrams(w, n).values()):
+        return True
+    return any(
+        w[i : i + k] == w[i + k : i + 2 * k] == w[i + 2 * k : i + 3 * k]
+        for k in range(1, 2 * n + 1)
+        for i in range(len(w) - 3 * k + 1)
+    )
+
+
+def ngrams(w: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n words occurs."""
+    return Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1))
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Share of word n-grams that repeat one from earlier in the same reply, over all replies together."""
+    counts = [ngrams(words(t), n) for t in texts]
+    total = sum(c.total() for c in counts)
+    return sum(c.total() - len(c) for c in counts) / total if total else 0.0
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Different word n-grams over all word n-grams of the replies together (Li et al. 2016); 0 where there are none."""
+    together: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        together += ngrams(words(text), n)
+    return len(together) / together.total() if together else 0.0
+
+
+def refusal(text: str) -> bool:
+    """Whether the reply's first two sentences decline or say that it does not know."""
+    return bool(REFUSAL.search(" ".join(SENTENCE.split(text.strip())[:2])))
+
+
+def refusal_rate(texts: Sequence[str]) -> float:
+    """Share of replies that refuse; 0 for none at all."""
+    return sum(map(refusal, texts)) / len(texts) if texts else 0.0
