@@ -72,7 +72,12 @@ class PPOConfig:
     kl_horizon: float = 400.0  # rollouts over which the controller moves
     kl_ceiling: float = 8.0  # nats a reply against the reference: the run stops there and keeps the last state under it
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
-    missing_eos_penalty: float = 1.0  # taken off a whitened score when the reply was cut by max_new_tokens
+    missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
+    broken_penalty: float = 1.0  # taken off the score when `learner/text_checks.py` finds a fault
+    judge_every: int = 4  # updates between looks at the held-out reward members
+    patience: int = 2  # looks in a row that lie `part` under the best before the run goes back to the best
+    part: float = 0.5  # deviations of the reference's replies
+    chunk_tokens: int = 2048  # padded tokens of one forward pass
     whiten_rewards: bool = True
     whiten_advantages: bool = True
     max_seconds: float = 90.0  # wall clock after which no further update starts
@@ -117,9 +122,8 @@ class LearnerConfig:
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
     heartbeat_s: float = 2.0
-    nice: int = 5  # added to the process's niceness: serving goes first
-    device: str = "cpu"
-    dtype: str = "float32"
+    device: str = "auto"  # CUDA where there is one
+    dtype: str = "auto"  # bfloat16 on CUDA, float32 on a CPU
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -128,6 +132,7 @@ class LearnerConfig:
         _need(self.round_votes >= 1, "round_votes must be at least 1")
         _need(0 < self.held_out_prompts < 1, "held_out_prompts must be between 0 and 1")
         _need(self.threads >= 1, "threads must be at least 1")
+        _need(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype must be auto, float32, bfloat16 or float16")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON; `from_dict` undoes it."""
