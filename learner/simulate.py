@@ -1,0 +1,184 @@
+"""Simulated people: they chat with a running server over its HTTP API and vote by a known taste.
+
+The same thing demonstrates, benchmarks and tests the loop. Talks HTTP only, like any client; knows nothing of how the
+server learns.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import stamina
+
+from learner.tastes import Taste, UnknownTaste, favourite, taste_named, win_rate
+
+HERE = Path(__file__).parent / "starter"
+RETRIES = 12
+
+
+class SimulateError(Exception):
+    """The server cannot be used, or the prompts cannot; the message says what to do."""
+
+
+class Busy(Exception):
+    """429 or 503: worth another try."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened, ready for JSON."""
+
+    taste: str
+    votes: int
+    ties: int  # of those, votes that found no difference
+    noise: float
+    voters: int
+    seed: int
+    seconds: float
+    versions: dict[str, int]  # replies shown, by the version that wrote them
+    mean_taste: dict[str, float]  # of those replies
+
+
+def prompts_from(path: Path | None = None, *, held_out: bool = False) -> list[str]:
+    """Prompts from a text file (one a line), JSONL or JSONL.gz (`prompt`: string or conversation); default the starter's."""
+    path = path or HERE / ("prompts_heldout.txt" if held_out else "prompts_train.txt")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        if ".jsonl" in path.name:
+            lines = [p if isinstance(p, str) else p[-1]["content"] for p in (json.loads(line)["prompt"] for line in lines)]
+    except FileNotFoundError:
+        raise SimulateError(f"there is no file {path}") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise SimulateError(f"{path.name} is not a prompt a line, nor JSONL with a prompt ({type(error).__name__})") from None
+    if not lines:
+        raise SimulateError(f"{path} has no prompts")
+    return lines
+
+
+class Client:
+    """One connection to a server's API. Waits and tries again when it is busy. Raises SimulateError."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=300)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+
+    def call(self, method: str, path: str, body: Any = None, voter: str | None = None) -> Any:
+        """One JSON call."""
+        headers = {"Plaudit-Voter": voter} if voter else {}
+        answer: httpx.Response | None = None
+        try:
+            for attempt in stamina.retry_context(on=(Busy, httpx.TransportError), attempts=RETRIES, timeout=120, wait_initial=0.2, wait_max=5):
+                with attempt:
+                    answer = self.http.request(method, path, json=body, headers=headers)
+                    if answer.status_code in (429, 503):
+                        time.sleep(min(float(answer.headers.get("Retry-After", 0)), 10))
+                        raise Busy
+        except Busy:
+            raise SimulateError("the server stayed busy") from None
+        except httpx.TransportError as error:
+            raise SimulateError(f"no answer from {self.http.base_url} ({type(error).__name__}). Is `plaudit serve` running there?") from None
+        assert answer is not None
+        if answer.is_success:
+            return answer.json()
+        try:
+            message = answer.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = "no reason given"
+        raise SimulateError(f"{method} {path}: {answer.status_code} {message}")
+
+    def sample(self, prompt: str, n: int, seed: int, *, model: str = "plaudit", voter: str | None = None, max_tokens: int | None = None) -> Any:
+        """One comparison: the chat completion as the server answers it."""
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "n": n, "seed": seed, "temperature": 1.0}
+        return self.call("POST", "/v1/chat/completions", body | ({"max_tokens": max_tokens} if max_tokens else {}), voter)
+
+    def texts(self, prompt: str, n: int, seed: int, **options: Any) -> list[str]:
+        """The replies' texts, in order."""
+        return [choice["message"]["content"] for choice in self.sample(prompt, n, seed, **options)["choices"]]
+
+
+def simulate(
+    url: str, prompts: Sequence[str], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, n: int = 4, seed: int = 0,
+    key: str | None = None, progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Cast `votes` votes of one taste, the voters taking turns on prompts drawn without replacement until all were used.
+
+    Everything drawn here (prompts, noise, sampling seeds) follows `seed`. Raises SimulateError.
+    """
+    liking = known(taste)
+    draw, began = random.Random(seed), time.monotonic()
+    shown: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    ties = 0
+    deck: list[str] = []
+    with Client(url, key) as client:
+        for done in range(1, votes + 1):
+            deck = deck or draw.sample(list(prompts), len(prompts))
+            voter = f"simulated-{seed}-{done % voters}"
+            answer = client.sample(deck.pop(), n, draw.getrandbits(31), voter=voter)
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+            pick = favourite(liking, texts, noise, draw)
+            ties += pick is None
+            vote = {"verdict": "tie"} if pick is None else {"favourite": pick}
+            revealed = client.call("PUT", f"/v1/comparisons/{answer['plaudit']['comparison_id']}/vote", vote, voter)
+            for choice, text in zip(revealed["choices"], texts, strict=True):
+                shown[choice["version"]] += 1
+                total[choice["version"]] += liking(text)
+            if progress is not None:
+                progress(done, votes)
+    means = {version: total[version] / count for version, count in shown.items()}
+    return Report(taste, votes, ties, noise, voters, seed, time.monotonic() - began, dict(shown), means)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How well a version knows a taste, on prompts nobody voted on."""
+
+    win_rate: float  # against base, ties half
+    best_of: float  # what the taste's best of 8 base replies gets against base: the most that reranking could reach
+    ours: list[str]
+    theirs: list[str]
+
+    @property
+    def share(self) -> float:
+        """Win rate over the best-of-8's."""
+        return self.win_rate / self.best_of
+
+
+def standing(client: Client, taste: str, prompts: Sequence[str], *, version: str = "plaudit", samples: int = 2, best_of: int = 8, seed: int = 0) -> Standing:
+    """Sample `version` and base on every prompt and let the taste judge. Both win rates are against the same base replies."""
+    liking = known(taste)
+    ours: list[str] = []
+    theirs: list[str] = []
+    best: list[str] = []
+    for i, prompt in enumerate(prompts):
+        mine = client.texts(prompt, samples, seed * 1_000_003 + 3 * i, model=version)
+        base = client.texts(prompt, samples, seed * 1_000_003 + 3 * i + 1, model="plaudit@base")
+        others = client.texts(prompt, best_of, seed * 1_000_003 + 3 * i + 2, model="plaudit@base")
+        ours += mine
+        theirs += base
+        best += [max(others, key=liking)] * samples
+    return Standing(win_rate(liking, ours, theirs), win_rate(liking, best, theirs), ours, theirs)
+
+
+def known(taste: str) -> Taste:
+    """The taste's function. Raises SimulateError."""
+    try:
+        return taste_named(taste)
+    except UnknownTaste as error:
+        raise SimulateError(str(error)) from None

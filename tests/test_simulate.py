@@ -1,0 +1,106 @@
+"""Simulated people against a real FastAPI application that answers from fixed texts."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from learner.simulate import Client, SimulateError, prompts_from, simulate, standing
+
+TEXTS = {"plaudit@base": ["one two three four five six", "one two three four", "one two three", "one two three four five"],
+         "plaudit": ["one", "one two three four five", "one two", "one"]}
+
+
+def fixed_server() -> FastAPI:
+    """Answers with TEXTS from the seed-th on; the first chat is refused as too many. Keeps the votes it gets."""
+    app = FastAPI()
+    app.state.votes = []
+    app.state.voters = []
+    app.state.shown = {}
+    app.state.refusals = 1
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        body = await request.json()
+        if app.state.refusals:
+            app.state.refusals -= 1
+            return JSONResponse({"error": {"message": "slow down"}}, 429, {"Retry-After": "0"})
+        texts = TEXTS[body["model"]]
+        replies = [texts[(body["seed"] + i) % len(texts)] for i in range(body["n"])]
+        name = f"cmp_{len(app.state.shown)}"
+        app.state.shown[name] = replies
+        return {"choices": [{"index": i, "message": {"content": t}} for i, t in enumerate(replies)], "plaudit": {"comparison_id": name}}
+
+    @app.put("/v1/comparisons/{name}/vote")
+    async def vote(name: str, request: Request) -> Any:
+        app.state.votes.append((app.state.shown[name], await request.json()))
+        app.state.voters.append(request.headers["plaudit-voter"])
+        return {"choices": [{"index": i, "version": "base"} for i in range(len(app.state.shown[name]))]}
+
+    return app
+
+
+@contextlib.contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of `app` under uvicorn in a thread."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def test_people_vote_by_their_taste_and_wait_when_the_server_is_busy() -> None:
+    app = fixed_server()
+    with listening(app) as url:
+        report = simulate(url, ["a", "b"], "shorter", votes=20, noise=0.0, voters=3, n=4)
+    assert report.votes == 20 and report.versions == {"base": 80} and len(set(app.state.voters)) == 3
+    assert report.mean_taste["base"] == -(1 + 5 + 2 + 1) / 4
+    for replies, vote in app.state.votes:
+        assert len(replies[vote["favourite"]].split()) == 1
+
+
+def test_a_standing_is_what_counting_by_hand_gives() -> None:
+    app = fixed_server()
+    app.state.refusals = 0
+    with listening(app) as url, Client(url) as client:
+        # prompt 0: seeds 0, 1, 2: ours "one", "one..five"; base "one..four", "one two three"; the best of 8 has 3 words
+        found = standing(client, "shorter", ["a"], samples=2)
+    assert found.win_rate == 0.5  # 1 < 4 wins, 5 < 3 loses
+    assert found.best_of == 0.75  # 3 < 4 wins, 3 = 3 ties
+    assert found.share == 0.5 / 0.75
+
+
+def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SimulateError, match="there are shorter"):
+        simulate("http://127.0.0.1:9", ["a"], "nicer")
+    with pytest.raises(SimulateError, match="no file"):
+        prompts_from(tmp_path / "none.txt")
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(SimulateError, match=r"bad\.jsonl"):
+        prompts_from(tmp_path / "bad.jsonl")
+
+
+def test_prompts_come_from_lines_or_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    assert prompts_from(tmp_path / "a.txt") == ["one", "two"]
+    rows = [{"prompt": "three"}, {"prompt": [{"role": "user", "content": "four"}]}]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    assert prompts_from(tmp_path / "b.jsonl.gz") == ["three", "four"]
