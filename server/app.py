@@ -30,6 +30,7 @@ from server.runtime import Runtime
 from server.settings import Settings
 from server.supervisor import Backoff
 
+PARTS = (chat, votes, conversations, models, adapters, learner_api, rounds, export, stats, health)
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 
 
@@ -53,7 +54,7 @@ def create_app(settings: Settings, *, learner_command: list[str] | None = None, 
     app = FastAPI(title="Plaudit", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.runtime = runtime
     errors.install(app)
-    for part in (chat, votes, conversations, models, adapters, learner_api, rounds, export, stats, health):
+    for part in PARTS:
         app.include_router(part.router)
     app.add_api_route("/v1/{path:path}", _nothing_here, methods=METHODS, include_in_schema=False)
     app.add_middleware(
@@ -67,7 +68,7 @@ def create_app(settings: Settings, *, learner_command: list[str] | None = None, 
 async def _nothing_here(request: Request) -> None:
     """404 or 405 under /v1/ in our own shape, whatever is mounted behind the API."""
     allowed: set[str] = set()
-    for route in request.app.router.routes:
+    for route in (route for part in PARTS for route in part.router.routes):
         match, _ = route.matches({**request.scope})
         if match == Match.PARTIAL:
             allowed |= set(getattr(route, "methods", None) or ())

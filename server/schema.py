@@ -6,6 +6,7 @@ Does not know what is stored or how replies are made.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -45,6 +46,19 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class Body(Wire):
+    """A whole body: text that is not Unicode (half a surrogate pair, which JSON lets through) is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("the body has characters that are not Unicode text, or is nested too deeply") from None
+        return value
+
+
 class TextPart(Wire):
     """One part of a message's content; only text is understood."""
 
@@ -76,7 +90,7 @@ class StreamOptions(Wire):
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Body):
     """`POST /v1/chat/completions`."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -134,7 +148,7 @@ Comment = Annotated[str, StringConstraints(max_length=4000)]
 Edit = Annotated[str, StringConstraints(min_length=1, max_length=32000)]
 
 
-class VoteRequest(Wire):
+class VoteRequest(Body):
     """`PUT /v1/comparisons/{id}/vote`: exactly one of favourite, ranking and verdict."""
 
     favourite: Annotated[int, Field(ge=0, lt=MAX_N, strict=True)] | None = None
@@ -187,7 +201,7 @@ class VoteRequest(Wire):
         return ("tie", [list(range(n))]) if self.verdict == "tie" else ("none", [])
 
 
-class UploadRequest(Wire):
+class UploadRequest(Body):
     """`POST /v1/adapters`: a PEFT LoRA adapter. The one call with a large body."""
 
     adapter_config: dict[str, Any] = Field(description="the content of adapter_config.json")

@@ -26,15 +26,13 @@ class Unfit(Exception):
 def probe_gap(published: Mapping[str, Any], served: Mapping[str, Any], tolerance: float) -> float:
     """Largest difference, in nats, between the published and the served log-probabilities of the probe's next token.
 
-    A published token outside the served top list counts only by how far it is above that list's end. Raises `Unfit`
-    when the gap is over `tolerance`, or when there is nothing to compare.
+    `served` has the whole vocabulary. Raises `Unfit` when the gap is over `tolerance`, or nothing can be compared.
     """
     ids, values = list(published.get("top_ids") or ()), list(published.get("top_logprobs") or ())
     if not ids or len(ids) != len(values):
         raise Unfit("its manifest has no probe to check the served weights with")
     here = dict(zip(served["top_ids"], served["top_logprobs"], strict=True))
-    floor = min(here.values())
-    gap = max(abs(v - here[i]) if i in here else max(0.0, v - floor) for i, v in zip(ids, values, strict=True))
+    gap = max(abs(v - here.get(i, math.inf)) for i, v in zip(ids, values, strict=True))
     if not math.isfinite(gap) or gap > tolerance:
         raise Unfit(f"served logits differ from the published ones by {gap:.3g} nats (at most {tolerance:g} allowed)")
     return gap
@@ -60,7 +58,7 @@ async def load_verified(
             engine.unload_version(version)
         engine.load_version(version, path)
         try:
-            return probe(engine.model, version, list(manifest.probe["prompt_ids"]), len(manifest.probe["top_ids"]))
+            return probe(engine.model, version, list(manifest.probe["prompt_ids"]), engine.model.vocab_size)
         except Exception:
             engine.unload_version(version)
             raise

@@ -1,0 +1,323 @@
+"""Taking in versions, swapping under load, refusing the corrupt, promotion, rollback, and what people's votes decide."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from engine.engine import Engine, SamplingParams
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from server.deployment import assign
+from server.verification import Unfit, probe_gap
+from store.adapters import AdapterRegistry
+from store.rounds import RoundFiles
+from tests.serving import HELLO, Served, ask, publish_random, served, settings_for
+
+
+def versions_of(running: Served, comparison_id: str) -> list[str]:
+    found = running.runtime.store.comparison(comparison_id)
+    assert found is not None
+    return [c.version for c in found.completions]
+
+
+def vote_for(client: httpx.Client, running: Served, made: dict[str, Any], version: str) -> None:
+    """Prefer the replies of `version` over the others."""
+    comparison_id = made["plaudit"]["comparison_id"]
+    names = versions_of(running, comparison_id)
+    best = [i for i, name in enumerate(names) if name == version]
+    rest = [i for i, name in enumerate(names) if name != version]
+    body = {"ranking": [best, rest]} if best and rest else {"verdict": "tie"}
+    assert client.put(f"/v1/comparisons/{comparison_id}/vote", json=body).status_code == 201
+
+
+# --- assignment and the probe: pure
+
+
+def test_slots_are_half_and_half_in_random_order_for_the_given_share() -> None:
+    """20000 draws: each frequency below is within 5 standard deviations (odds of a false alarm under 1 in a million)."""
+    slots = [assign(2, "b", "a", 0.5, seed) for seed in range(20000)]
+    mixed = [s for s in slots if s.mixed]
+    assert abs(len(mixed) / 20000 - 0.5) < 5 * (0.25 / 20000) ** 0.5
+    assert all(sorted(s.versions) == ["a", "b"] for s in mixed)
+    first = sum(s.versions[0] == "a" for s in mixed) / len(mixed)
+    assert abs(first - 0.5) < 5 * (0.25 / len(mixed)) ** 0.5
+    assert all(s.versions == ("b", "b") for s in slots if not s.mixed)
+    odd = collections.Counter(v for seed in range(20000) for v in assign(3, "b", "a", 1.0, seed).versions)
+    assert abs(odd["a"] / 60000 - 0.5) < 5 * (0.25 / 20000) ** 0.5 / 3
+
+
+def test_one_reply_and_no_other_version_are_never_mixed() -> None:
+    assert assign(1, "b", "a", 1.0, 0).versions == ("b",)
+    assert assign(4, "b", None, 1.0, 0).versions == ("b",) * 4
+    assert assign(4, "b", "b", 1.0, 0).mixed is False
+    assert assign(4, "b", "a", 0.0, 0).mixed is False
+
+
+@pytest.mark.parametrize(("values", "fits"), [
+    ([-1.0, -2.0], True), ([-1.0009, -2.0], True), ([-1.002, -2.0], False), ([float("nan"), -2.0], False), ([], False),
+])
+def test_the_probe_allows_a_thousandth_of_a_nat(values: list[float], fits: bool) -> None:
+    published = {"top_ids": [7, 9][: len(values)], "top_logprobs": values}
+    here = {"top_ids": [7, 9], "top_logprobs": [-1.0, -2.0]}
+    if fits:
+        assert probe_gap(published, here, 1e-3) <= 1e-3
+    else:
+        with pytest.raises(Unfit):
+            probe_gap(published, here, 1e-3)
+
+
+def test_a_published_token_missing_here_counts_as_a_gap() -> None:
+    with pytest.raises(Unfit):
+        probe_gap({"top_ids": [5], "top_logprobs": [-0.5]}, {"top_ids": [7, 9], "top_logprobs": [-1.0, -2.0]}, 1e-3)
+
+
+# --- swapping
+
+
+def test_versions_swap_while_clients_stream_and_nothing_fails_or_mixes(tiny_llama: Path, tmp_path: Path) -> None:
+    """Every streamed reply is complete and is, token for token, what the one version it names makes alone."""
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama, max_tokens=48)) as running:
+        replies: list[tuple[str, int, str, str]] = []  # model, seed, text, finish reason
+        failures: list[object] = []
+        done = threading.Event()
+
+        def client(number: int) -> None:
+            seed = number * 100_000
+            with running.client(f"v{number}") as c:
+                while not done.is_set():
+                    seed += 1
+                    body = {"messages": HELLO, "n": 1, "max_tokens": 40, "seed": seed, "stream": True}
+                    with c.stream("POST", "/v1/chat/completions", json=body) as answer:
+                        lines = [line for line in answer.iter_lines() if line]
+                    if answer.status_code != 200 or lines[-1] != "data: [DONE]":
+                        failures.append((answer.status_code, lines[-1:]))
+                        continue
+                    chunks = [json.loads(line[6:]) for line in lines[:-1]]
+                    text = "".join(ch["choices"][0]["delta"].get("content", "") for ch in chunks)
+                    [name] = {ch["model"] for ch in chunks}
+                    replies.append((name, seed, text, chunks[-1]["choices"][0]["finish_reason"]))
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        published = []
+        for seed in (1, 2, 3):
+            before = len(replies)
+            running.until(lambda n=before: len(replies) > n + 5)
+            published.append(publish_random(registry, tiny_llama, seed=seed, parent=running.runtime.deployment.live))
+            running.until(lambda v=published[-1]: running.runtime.deployment.live == v)
+        running.until(lambda n=len(replies): len(replies) > n + 10)
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        names = {reply[0] for reply in replies}
+        assert names == {"plaudit@base", *(f"plaudit@{v}" for v in published)}
+        loaded = running.runtime.bridge.call
+        assert loaded and all(gap <= 1e-3 for gap in running.runtime.deployment.gaps.values())
+    model, tokenizer = CausalModel.load(tiny_llama), ChatTokenizer.load(tiny_llama)
+    engine = Engine(model, tokenizer)
+    for version in published:
+        engine.load_version(version, registry.path(version))
+    prompt = tokenizer.render(HELLO)
+    for name, seed, text, reason in replies:
+        [alone] = engine.generate([prompt], [SamplingParams(max_tokens=40, seed=seed)], name.removeprefix("plaudit@"))
+        assert (text, reason) == (alone.text, alone.finish_reason), (name, seed)
+
+
+def test_old_versions_are_unloaded_and_come_back_when_asked_for_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        for seed in (1, 2, 3):
+            version = publish_random(registry, tiny_llama, seed=seed)
+            running.until(lambda v=version: running.runtime.deployment.live == v)
+        engine = running.runtime.bridge._engine
+        running.until(lambda: set(engine.versions()) == {"base", "v000002", "v000003"})
+        assert ask(c, 1, model="plaudit@v000001")["model"] == "plaudit@v000001"
+        assert "v000001" in engine.versions()
+        running.runtime.deployment.idle_unload_s = 0.0
+        running.until(lambda: "v000001" not in engine.versions())
+        assert [m["id"] for m in c.get("/v1/models").json()["data"]] == [
+            "plaudit", "plaudit@base", "plaudit@v000001", "plaudit@v000002", "plaudit@v000003"]
+
+
+def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    flipped = publish_random(registry, tiny_llama, seed=1)
+    weights = registry.path(flipped) / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    foreign = publish_random(registry, tiny_llama, seed=2, base_digest="0" * 64)
+    gated = publish_random(registry, tiny_llama, seed=3, verdict="rejected")
+    lying = publish_random(registry, tiny_llama, seed=4, probe={"prompt_ids": [5, 6], "top_ids": [7], "top_logprobs": [-9.0]})
+    no_manifest = publish_random(registry, tiny_llama, seed=5)
+    (registry.path(no_manifest) / "manifest.json").unlink()
+    odd_probe = publish_random(registry, tiny_llama, seed=6, probe={"prompt_ids": [10**9], "top_ids": [7], "top_logprobs": [-9.0]})
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        assert running.runtime.deployment.live == "base"
+        assert ask(c, 1)["model"] == "plaudit@base"
+        listed = c.get("/v1/adapters").json()
+        reasons, status = listed["refused"], {row["version"]: row["status"] for row in listed["data"]}
+        assert "adapter_model.safetensors" in reasons[flipped] and "another base" in reasons[foreign]
+        assert "gate" in reasons[gated] and "nats" in reasons[lying]
+        assert "manifest.json" in reasons[no_manifest] and "probe" in reasons[odd_probe]
+        assert status == dict.fromkeys([flipped, foreign, gated, lying, odd_probe], "rejected")
+        assert running.runtime.bridge._engine.versions() == ["base"]
+        for version in (flipped, foreign, gated, lying, odd_probe):
+            assert c.post(f"/v1/adapters/{version}/promote").status_code == 409
+            assert c.post("/v1/chat/completions", json={"messages": HELLO, "model": f"plaudit@{version}"}).status_code == 404
+        assert c.post("/v1/adapters/v000099/promote").status_code == 404
+        assert c.post(f"/v1/adapters/{'..%2f' * 3}/promote").status_code == 404
+
+
+def test_promotion_and_rollback_hold_when_they_answer_and_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    settings = settings_for(tmp_path, tiny_llama, promotion="manual")
+    one, two = publish_random(registry, tiny_llama, seed=1), publish_random(registry, tiny_llama, seed=2)
+    with served(settings) as running, running.client() as c:
+        assert ask(c, 1)["model"] == "plaudit@base"
+        assert {row["status"] for row in c.get("/v1/adapters").json()["data"]} == {"candidate"}
+        assert c.post("/v1/adapters/rollback").status_code == 409
+        for version in (one, two):
+            assert c.post(f"/v1/adapters/{version}/promote").json()["live"] == version
+            assert ask(c, 1)["model"] == f"plaudit@{version}"
+        assert c.post(f"/v1/adapters/{two}/promote").status_code == 409
+        assert c.post("/v1/adapters/rollback").json() == {**c.post("/v1/adapters/base/promote").json(), "live": one,
+                                                           "previous": None, "live_since": pytest.approx(1e9, abs=1e10)}
+        assert ask(c, 1)["model"] == "plaudit@base"
+        c.post(f"/v1/adapters/{two}/promote")
+    with served(settings) as running, running.client() as c:
+        assert ask(c, 1)["model"] == f"plaudit@{two}"
+        listed = c.get("/v1/adapters").json()
+        assert (listed["live"], listed["previous"]) == (two, "base")
+        assert {row["version"]: row["status"] for row in listed["data"]} == {one: "retired", two: "live"}
+        detail = c.get(f"/v1/adapters/{two}").json()
+        assert detail["lineage"] == [two, "base"] and detail["probe_gap_nats"] <= 1e-3
+        assert [e["action"] for e in running.runtime.store.audit_log()][:3] == ["promote", "promote", "rollback"]
+        assert running.runtime.store.verify_audit()
+
+
+def test_a_live_version_found_damaged_at_start_gives_way_to_the_one_before(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    settings = settings_for(tmp_path, tiny_llama)
+    one = publish_random(registry, tiny_llama, seed=1)
+    with served(settings) as running:
+        assert running.runtime.deployment.live == one
+        two = publish_random(registry, tiny_llama, seed=2)
+        running.until(lambda: running.runtime.deployment.live == two)
+    (registry.path(two) / "adapter_config.json").write_text("{}")
+    with served(settings) as running, running.client() as c:
+        assert ask(c, 1)["model"] == f"plaudit@{one}"
+        assert "adapter_config.json" in c.get("/v1/adapters").json()["refused"][two]
+
+
+# --- votes decide
+
+
+def test_in_auto_mode_votes_against_the_new_version_roll_it_back(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama, mix_share=1.0)) as running, running.client() as c:
+        version = publish_random(registry, tiny_llama)
+        running.until(lambda: running.runtime.deployment.live == version)
+        made = ask(c, 2)
+        assert sorted(versions_of(running, made["plaudit"]["comparison_id"])) == ["base", version]
+        for votes in range(1, 30):
+            vote_for(c, running, made, "base")
+            if running.runtime.deployment.live == "base":
+                break
+            made = ask(c, 2)
+        assert 5 <= votes <= 15  # 20:1 odds take a handful of votes, not one and not dozens
+        row = c.get(f"/v1/adapters/{version}").json()
+        assert row["status"] == "retired" and row["win_rate"] == 0.0 and row["win_votes"] == votes
+        assert running.runtime.store.audit_log()[-1]["action"] == "automatic rollback"
+        assert c.get("/v1/stats").json()["abtest"] is None
+
+
+def test_an_operators_choice_is_not_undone_by_votes(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    version = publish_random(registry, tiny_llama)
+    with served(settings_for(tmp_path, tiny_llama, mix_share=1.0, promotion="manual")) as running, running.client() as c:
+        c.post(f"/v1/adapters/{version}/promote")
+        for _ in range(15):
+            vote_for(c, running, ask(c, 2), "base")
+        assert running.runtime.deployment.live == version
+        assert c.get("/v1/stats").json()["abtest"]["decision"] == "rollback"
+
+
+@pytest.mark.parametrize(("loved", "live"), [(True, "v000001"), (False, "base")])
+def test_in_canary_mode_votes_promote_or_drop_the_candidate(tiny_llama: Path, tmp_path: Path, loved: bool, live: str) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    version = publish_random(registry, tiny_llama)
+    with served(settings_for(tmp_path, tiny_llama, mix_share=1.0, promotion="canary")) as running, running.client() as c:
+        assert (running.runtime.deployment.live, running.runtime.deployment.candidate) == ("base", version)
+        assert ask(c, 1)["model"] == "plaudit@base"
+        for _ in range(15):
+            vote_for(c, running, ask(c, 2), version if loved else "base")
+            if running.runtime.deployment.candidate is None:
+                break
+        assert (running.runtime.deployment.live, running.runtime.deployment.candidate) == (live, None)
+
+
+# --- uploads and rounds
+
+
+def upload_body(directory: Path) -> dict[str, Any]:
+    return {"adapter_config": json.loads((directory / "adapter_config.json").read_text()),
+            "adapter_model": base64.b64encode((directory / "adapter_model.safetensors").read_bytes()).decode()}
+
+
+def test_an_uploaded_adapter_is_checked_and_becomes_a_candidate(tiny_llama: Path, tmp_path: Path) -> None:
+    elsewhere = AdapterRegistry(tmp_path / "elsewhere")
+    good = upload_body(elsewhere.path(publish_random(elsewhere, tiny_llama)))
+    with served(settings_for(tmp_path / "data", tiny_llama)) as running, running.client() as c:
+        made = c.post("/v1/adapters", json={**good, "comment": "by hand"})
+        assert made.status_code == 201 and made.json()["status"] == "candidate" and made.json()["kind"] == "upload"
+        version = made.json()["version"]
+        assert running.runtime.deployment.live == "base"
+        assert c.post(f"/v1/adapters/{version}/promote").status_code == 200
+        assert ask(c, 1)["model"] == f"plaudit@{version}"
+        tensors = load_file(elsewhere.path("v000001") / "adapter_model.safetensors")
+        key = sorted(tensors)[0]
+        bad = tmp_path / "bad.safetensors"
+
+        def with_tensors(changed: dict[str, Any]) -> dict[str, Any]:
+            save_file(changed, bad)
+            return {**good, "adapter_model": base64.b64encode(bad.read_bytes()).decode()}
+
+        for body in (
+            {**good, "adapter_model": "!!!"}, {**good, "adapter_model": "AAAA"}, {**good, "adapter_config": {}},
+            {**good, "adapter_config": {**good["adapter_config"], "r": "many"}}, {"adapter_model": "AAAA"},
+            with_tensors({**tensors, key: tensors[key] * float("nan")}), with_tensors({**tensors, key: tensors[key][:1].clone()}),
+            with_tensors({k: v for k, v in tensors.items() if k != key}),
+        ):
+            answer = c.post("/v1/adapters", json=body)
+            assert answer.status_code == 400, answer.text
+            assert "\n" not in answer.json()["error"]["message"] and str(tmp_path) not in answer.text
+        assert len(running.runtime.registry.versions()) == 1
+        assert len(running.runtime.bridge._engine.versions()) == 2
+
+
+def test_finished_rounds_are_taken_in(tiny_llama: Path, tmp_path: Path) -> None:
+    files = RoundFiles(tmp_path / "rounds")
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        n = files.begin()
+        files.heartbeat(state="ppo", round=n, progress=0.25)
+        assert c.get("/v1/rounds").json()["data"][0]["state"] == "ppo"
+        status = c.get("/v1/status").json()
+        assert (status["learner_state"], status["progress"]) == ("ppo", 0.25)
+        files.finish(n, {"state": "published", "gate": {"verdict": "accepted", "checks": []}, "votes": 3, "last_seq": 3, "version": "v000001"})
+        files.heartbeat(state="idle")
+        running.until(lambda: running.runtime.store.round(n) is not None)
+        assert c.get(f"/v1/rounds/{n}").json()["gate"]["verdict"] == "accepted"
+        assert c.get("/v1/learner").json()["last_verdict"] == "accepted"
