@@ -1,5 +1,5 @@
 // Runs inside one gr.HTML (js_on_load): a click on anything with data-act becomes the Python event "act", or "ask" where
-// it makes the assistant answer (data-act="ask" or "retry").
+// it makes the assistant answer (data-act "ask", "retry" or "shorter").
 // Everything else that data-* carries goes along. data-confirm asks first. Text being selected is not a click.
 element.addEventListener("click", (event) => {
   const target = event.target.closest("[data-act]");
@@ -8,6 +8,6 @@ element.addEventListener("click", (event) => {
   if (target.dataset.card !== undefined && String(window.getSelection())) return;
   event.stopPropagation();
   if (target.dataset.confirm && !window.confirm(target.dataset.confirm)) return;
-  const asks = ["ask", "retry"].includes(target.dataset.act);
+  const asks = ["ask", "retry", "shorter"].includes(target.dataset.act);
   trigger(asks ? "ask" : "act", { ...target.dataset });
 });

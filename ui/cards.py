@@ -25,7 +25,7 @@ def masthead(page: str, live: Any = None) -> str:
     other = '<a href="/operator">Operator</a>' if page == "chat" else '<a href="/">Chat</a>'
     badge = f'<span class="live" title="The version that answers now">{version_name(live)}</span>' if live else ""
     return (
-        f'<header class="masthead"><a class="brand" href="/" aria-label="Plaudit, start page">{MARK}<span>Plaudit</span></a>'
+        f'<header class="masthead {page}"><a class="brand" href="/" aria-label="Plaudit, start page">{MARK}<span>Plaudit</span></a>'
         f'{badge}<nav aria-label="Pages">{other}</nav></header>'
     )
 
@@ -47,7 +47,9 @@ def thread(chat: Chat) -> str:
     if not chat.turns:
         return welcome() if chat.phase == "empty" else ""
     rows = []
-    for turn in chat.turns:
+    for number, turn in enumerate(chat.turns):
+        if number == chat.unseen and number:
+            rows.append('<p class="note seam">The assistant no longer sees what is above</p>')
         rows.append(_said(turn.message))
         notes = [text for text in (plain(turn.note), f"written by {version_name(turn.version)}" if turn.version else "") if text]
         note = f'<p class="note">{" · ".join(notes)}</p>' if notes else ""
@@ -89,7 +91,7 @@ def _card(chat: Chat, index: int, reply: Reply) -> str:
     cut = '<p class="note">Cut at the length limit.</p>' if reply.finish_reason == "length" else ""
     if chat.phase == "stopped" and reply.finish_reason is None:
         cut = '<p class="note">Stopped.</p>'
-    buttons = ""
+    buttons = '<footer class="waiting"></footer>' if chat.phase == "streaming" else ""
     if votable:
         label = f"{TICK}Picked" if chosen else "Pick this instead" if chat.phase == "voted" else "Pick this"
         buttons = (
@@ -112,6 +114,8 @@ def _button(act: str, key: str, label: str, pressed: bool | None = None) -> str:
 
 
 def _choices(chat: Chat) -> str:
+    if chat.too_long:
+        return f'<div class="choices">{_button("shorter", "R", "Try again without the oldest messages")}</div>'
     if chat.phase in ("stopped", "failed"):
         return f'<div class="choices">{_button("retry", "R", "Try again")}</div>'
     if chat.phase == "streaming" or chat.comparison_id is None:
@@ -121,10 +125,10 @@ def _choices(chat: Chat) -> str:
         if chat.choice == "none":
             buttons += [_button("edit", "E", "Write a better one"), _button("retry", "R", "Try again")]
         buttons.append(_button("undo", "U", "Take back"))
-        hint = ""
+        hint = '<span class="hint">Changed your mind? Pick again. Or write on: your next message follows your pick.</span>'
     else:
         keys = f"1–{len(chat.replies)}"
-        hint = f'<span class="hint">Click the reply you like, or press <kbd>{keys}</kbd></span>'
+        hint = f'<span class="hint">Pick the reply you like<span class="keys">: click it, or press <kbd>{keys}</kbd></span></span>'
     return f'<div class="choices" role="group" aria-label="Or say">{hint}{"".join(buttons)}</div>'
 
 
@@ -139,7 +143,7 @@ def past(rows: list[dict[str, Any]], current: str | None) -> str:
         return '<p class="note">Your conversations will be listed here.</p>'
     items = []
     for row in rows[:50]:
-        name = plain(row.get("id") or row.get("conversation_id") or "")
+        name = plain(row.get("conversation_id") or row.get("id") or "")
         title = plain(_title(row))
         here = ' aria-current="true"' if name and name == current else ""
         items.append(
@@ -152,7 +156,5 @@ def past(rows: list[dict[str, Any]], current: str | None) -> str:
 
 
 def _title(row: dict[str, Any]) -> str:
-    for name in ("title", "preview", "first_message", "opening"):
-        if isinstance(row.get(name), str) and row[name].strip():
-            return row[name].strip()[:80]
-    return "Conversation"
+    title = row.get("title")
+    return title.strip()[:80] if isinstance(title, str) and title.strip() else "Conversation"

@@ -13,7 +13,7 @@ import gradio as gr
 
 from ui import cards
 from ui.client import ApiClient, Piece, Problem, Visitor
-from ui.exchange import Chat, Turn
+from ui.exchange import Chat
 from ui.pace import paced
 from ui.sentences import status_line
 from ui.theme import ACTING, HIDDEN
@@ -32,24 +32,6 @@ def visitor_of(identity: Any, request: gr.Request) -> Visitor:
     """Who the browser behind `request` is."""
     known, headers = new_identity(identity), request.headers
     return Visitor(known["voter"], known["key"], headers.get("host") or "", headers.get("origin") or "")
-
-
-def turns_of(conversation: dict[str, Any]) -> list[Turn]:
-    """The turns of a stored conversation, from its messages in order."""
-    turns: list[Turn] = []
-    question: str | None = None
-    for row in conversation.get("messages") or []:
-        role, content = row.get("role"), row.get("content")
-        if not isinstance(content, str):
-            continue
-        if role == "user":
-            if question is not None:
-                turns.append(Turn(question, None, None, "No reply was kept"))
-            question = content
-        elif role == "assistant" and question is not None:
-            turns.append(Turn(question, content, row.get("version")))
-            question = None
-    return turns if question is None else [*turns, Turn(question, None, None, "No reply was kept")]
 
 
 class _Page:
@@ -103,8 +85,10 @@ class _Page:
     ) -> AsyncIterator[tuple[Any, ...]]:
         """An example was clicked, or the last message is tried again."""
         text = event._data.get("text") or ""
-        if event._data.get("act") == "retry":
+        if event._data.get("act") in ("retry", "shorter"):
             text = chat.message
+            if event._data.get("act") == "shorter":
+                chat.forget()
             if chat.choice == "none":  # nothing of it goes on; do not keep an empty turn as well
                 chat.phase = "stopped"
         async for update in self.converse(text, n, chat, visitor_of(identity, request)):
@@ -135,6 +119,7 @@ class _Page:
         if problem is None and chat.comparison_id is None:
             problem = Problem("The server sent no replies that can be voted on. Please try again.")
         chat.phase, chat.problem = ("failed", str(problem)) if problem else ("choosing", "")
+        chat.too_long = problem is not None and problem.too_long and bool(chat.history())
         yield (
             text if problem else gr.skip(), gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(),
             _shown(True) if problem and problem.needs_key else gr.skip(), chat,
@@ -222,8 +207,8 @@ class _Page:
                 if chosen != chat.conversation_id:
                     return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
             else:
-                fresh.turns = turns_of(await self.client.conversation(who, chosen))
-                fresh.conversation_id = chosen
+                fresh = Chat.reopened(await self.client.conversation(who, chosen))
+                fresh.live_when_opened, fresh.number = chat.live_when_opened, chat.number + 1
         except Problem as problem:
             gr.Warning(str(problem))
             return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
@@ -292,7 +277,7 @@ def build_chat(api_url: str) -> gr.Blocks:
             history = gr.HTML(cards.past([], None), js_on_load=ACTING, elem_id="history", apply_default_css=False)
         masthead = gr.HTML(cards.masthead("chat"), elem_id="top", js_on_load=None, apply_default_css=False)
         with gr.Column(elem_id="page"):
-            with gr.Column(visible=False, elem_id="key-panel", elem_classes="panel") as key_panel:
+            with gr.Column(visible=False, elem_id="key-panel", elem_classes="sheet") as key_panel:
                 key = gr.Textbox(
                     label="Key", type="password", elem_id="key",
                     info="This server asks for a key. It is kept in this browser only.",
@@ -300,7 +285,7 @@ def build_chat(api_url: str) -> gr.Blocks:
                 keep = gr.Button("Use this key", variant="primary", elem_id="use-key")
             thread = gr.HTML(cards.thread(Chat()), js_on_load=ACTING, elem_id="thread", apply_default_css=False)
             exchange = gr.HTML("", js_on_load=ACTING, elem_id="exchange", apply_default_css=False)
-            with gr.Column(visible=False, elem_id="editor", elem_classes="panel") as editor:
+            with gr.Column(visible=False, elem_id="editor", elem_classes="sheet") as editor:
                 draft = gr.Textbox(label="Make it better", lines=4, max_lines=12, elem_id="draft", autofocus=True)
                 with gr.Row():
                     save = gr.Button("Save as the best reply", variant="primary", elem_id="save-edit")

@@ -19,9 +19,14 @@ JSON = dict[str, Any]
 class Problem(Exception):
     """A call failed; `str(problem)` is a sentence for the person, saying what to do next."""
 
-    def __init__(self, sentence: str, status: int | None = None) -> None:
+    def __init__(self, sentence: str, status: int | None = None, code: str = "") -> None:
         super().__init__(sentence)
-        self.status = status
+        self.status, self.code = status, code
+
+    @property
+    def too_long(self) -> bool:
+        """Whether the conversation no longer fits the model."""
+        return self.code == "context_length_exceeded"
 
     @property
     def needs_key(self) -> bool:
@@ -126,10 +131,10 @@ class ApiClient:
 
     async def conversations(self, who: Visitor) -> list[JSON]:
         """This visitor's conversations, newest first."""
-        return _rows(await self._call("GET", "/v1/conversations", who))
+        return _rows(await self._call("GET", "/v1/conversations?mine=true", who))
 
     async def conversation(self, who: Visitor, conversation_id: str) -> JSON:
-        """One conversation with its messages."""
+        """One conversation: its messages, and its comparisons in order."""
         return await self._call("GET", f"/v1/conversations/{_part(conversation_id)}", who)
 
     async def erase(self, who: Visitor, conversation_id: str) -> JSON:
@@ -185,7 +190,8 @@ class ApiClient:
 def pieces(chunk: JSON) -> list[Piece]:
     """The pieces of one chat completion chunk. Raises `Problem` when the chunk is an error."""
     if "error" in chunk:
-        raise Problem(_said(chunk) or "The answer broke off before it was complete. Please try again.")
+        said = _sentence(_said(chunk)) or "The answer broke off before it was complete. Please try again."
+        raise Problem(said, code=_said(chunk, "code"))
     ids = chunk.get("plaudit") or {}
     known = {"comparison_id": ids.get("comparison_id"), "conversation_id": ids.get("conversation_id")}
     found = [
@@ -204,10 +210,13 @@ def problem_of(answer: httpx.Response) -> Problem:
     """The plain sentence for an error response."""
     status = answer.status_code
     try:
-        said = _said(answer.json())
+        body = answer.json()
     except ValueError:
-        said = ""
-    if status == 401:
+        body = None
+    said, code = _said(body), _said(body, "code")
+    if code == "context_length_exceeded":
+        sentence = "This conversation has become too long for this model."
+    elif status == 401:
         sentence = "This server needs a key. Ask the person who runs it, and paste the key here."
     elif status == 403:
         sentence = _sentence(said) or "You are not allowed to do this; it takes an operator's key."
@@ -229,13 +238,13 @@ def problem_of(answer: httpx.Response) -> Problem:
         sentence = _sentence(said)
     else:
         sentence = f"Something went wrong on the server (status {status}). Please try again."
-    return Problem(sentence, status)
+    return Problem(sentence, status, code)
 
 
-def _said(body: Any) -> str:
+def _said(body: Any, name: str = "message") -> str:
     error = body.get("error") if isinstance(body, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return message.strip() if isinstance(message, str) else ""
+    found = error.get(name) if isinstance(error, dict) else None
+    return found.strip() if isinstance(found, str) else ""
 
 
 def _sentence(said: str) -> str:

@@ -47,6 +47,8 @@ class Chat:
     edit: str | None = None
     editing: int | None = None  # the reply in the edit box; -1 is a reply written from nothing
     problem: str = ""
+    too_long: bool = False  # the problem is that the conversation no longer fits the model
+    unseen: int = 0  # the oldest turns, which are no longer sent
     saved: str = ""  # what happened to the last vote, as a sentence
     live_when_opened: str | None = None
     number: int = 0  # of the open exchange, counted up
@@ -54,7 +56,7 @@ class Chat:
     def history(self) -> list[dict[str, str]]:
         """The settled turns as chat messages; turns without a reply stay out, so that roles alternate."""
         messages = []
-        for turn in self.turns:
+        for turn in self.turns[self.unseen :]:
             if turn.reply is not None:
                 messages += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.reply}]
         return messages
@@ -66,13 +68,18 @@ class Chat:
         self.number += 1
         return [*self.history(), {"role": "user", "content": message}]
 
+    def forget(self) -> None:
+        """Stop sending the older half of what is still sent. The page says so; nothing is cut silently."""
+        seen = len(self.turns) - self.unseen
+        self.unseen += (seen + 1) // 2
+
     def settle(self) -> None:
         """Make the open exchange a turn: with the favourite, with its edit, or with reply 1 if nobody said otherwise."""
         if self.phase in ("choosing", "voted"):
             self.turns.append(self._settled())
         self.phase, self.message, self.replies, self.comparison_id = "empty", "", [], None
         self.choice = self.edit = self.editing = None
-        self.problem = self.saved = ""
+        self.problem, self.saved, self.too_long = "", "", False
 
     def _settled(self) -> Turn:
         if self.choice == "none":
@@ -98,6 +105,36 @@ class Chat:
             {"favourite": self.choice} if isinstance(self.choice, int) else {"verdict": self.choice}
         )
         return body | ({"edit": self.edit} if self.edit else {})
+
+    @classmethod
+    def reopened(cls, conversation: dict[str, Any]) -> Chat:
+        """A stored conversation: the history of its newest comparison, and that comparison as the open exchange."""
+        chat = cls(conversation_id=conversation.get("conversation_id"))
+        comparisons = [c for c in conversation.get("comparisons") or [] if isinstance(c, dict)]
+        if not comparisons:
+            return chat
+        wrote = {
+            choice.get("text"): choice.get("version") for c in comparisons for choice in c.get("choices") or [] if choice.get("version")
+        }
+        newest = comparisons[-1]
+        question: str | None = None
+        for message in newest.get("messages") or []:
+            content = str(message.get("content") or "")
+            if message.get("role") == "user":
+                question = content
+            elif message.get("role") == "assistant" and question is not None:
+                chat.turns.append(Turn(question, content, wrote.get(content)))
+                question = None
+        choices = sorted(newest.get("choices") or [], key=lambda c: c.get("index", 0))
+        chat.message, chat.comparison_id, chat.phase = question or "", newest.get("comparison_id"), "choosing"
+        chat.replies = [Reply(str(c.get("text") or ""), c.get("finish_reason") or "stop", c.get("version")) for c in choices]
+        vote = newest.get("vote")
+        if isinstance(vote, dict):
+            first = (vote.get("groups") or [[]])[0]
+            kinds: dict[Any, Any] = {"tie": "tie", "none": "none"}
+            chat.choice = kinds.get(vote.get("kind"), first[0] if first else None)
+            chat.edit, chat.phase = vote.get("edit"), "voted"
+        return chat
 
     def reveal(self, choices: Any) -> None:
         """Take in which version wrote each reply, from the answer to a vote."""

@@ -109,16 +109,15 @@ def verdict(gate: Any) -> str:
 
 def overview(adapters: JSON, stats: JSON) -> str:
     """What is live, since when, and what is behind it."""
-    live = adapters.get("live") or find(stats, "live")
+    live = adapters.get("live") or find(stats, "deployment.live")
     rows = versions_of(adapters)
     row = next((r for r in rows if r.get("version") == live), {})
-    since = clock(find(adapters, "live_since", "since") or find(stats, "live_since") or row.get("live_since"))
-    previous = find(adapters, "previous") or find(stats, "previous")
-    candidate = find(adapters, "candidate") or find(stats, "candidate")
+    since = clock(find(adapters, "live_since") or find(stats, "deployment.live_since") or row.get("created"))
+    previous = find(adapters, "previous") or find(stats, "deployment.previous")
+    candidate = find(adapters, "candidate") or find(stats, "deployment.candidate")
     more = [f"Before it: {version_name(previous)}" if previous else "", f"Candidate: {version_name(candidate)}" if candidate else ""]
-    counts = "".join(
-        f"<div><dt>{words}</dt><dd>{int(number(stats[name]) or 0):,}</dd></div>" for name, words in STATS if number(stats.get(name)) is not None
-    )
+    known = [(words, number(find(stats, f"counts.{name}", name))) for name, words in STATS]
+    counts = "".join(f"<div><dt>{words}</dt><dd>{int(n):,}</dd></div>" for words, n in known if n is not None)
     back = (
         f'<button type="button" class="choice" data-act="rollback" data-version="{plain(previous)}">Roll back to {version_name(previous)}</button>'
         if previous else ""
@@ -181,11 +180,14 @@ def versions(adapters: JSON) -> str:
         if row.get("version") != live and status != "rejected" and name:
             button = f'<button type="button" class="quiet" data-act="promote" data-version="{name}">Promote<span class="sr"> {name}</span></button>'
         won = row.get("win_rate")
-        people = find(won, "rate", "value", "estimate") if isinstance(won, dict) else won
+        people = find(won, "value", "rate") if isinstance(won, dict) else won
+        judged, against = number(row.get("win_votes")), row.get("against")
+        over = f'<small>{count(int(judged), "vote")}{" against " + plain(against) if against else ""}</small>' if judged else ""
+        why = f'<small class="problem">{plain(row["reason"])}</small>' if row.get("reason") else ""
         body.append(
             f'<tr><th scope="row"><code>{name or DASH}</code></th><td><span class="badge {STATUSES.get(status, "")}">{plain(status) or DASH}</span></td>'
             f'<td>{plain(row.get("parent") or "") or DASH}</td><td class="n">{plain(row.get("round") if row.get("round") is not None else "") or DASH}</td>'
-            f'<td class="n">{percent(people)}</td><td>{verdict(row.get("gate"))}</td><td>{clock(row.get("created")) or DASH}</td><td>{button}</td></tr>'
+            f'<td class="n">{percent(people)}{over}</td><td>{verdict(row.get("gate"))}{why}</td><td>{clock(row.get("created")) or DASH}</td><td>{button}</td></tr>'
         )
     return _table(
         "Versions", ("Version", "Status", "Made from", ">Round", ">People's win rate", "Gate", "Made", ""), body

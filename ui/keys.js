@@ -13,12 +13,12 @@
     }
     const key = event.key.toLowerCase();
     let found = null;
-    if (key >= "1" && key <= "4") found = document.querySelector(`#exchange [data-act="pick"][data-index="${+key - 1}"]`);
+    if (key >= "1" && key <= "4") found = document.querySelector(`#exchange button[data-act="pick"][data-index="${+key - 1}"]`);
     else if (LETTERS[key]) {
-      const act = `[data-act="${LETTERS[key]}"]`;
+      const act = `[data-act="${LETTERS[key]}"]:not(.card)`;
       const card = node.closest && node.closest(".card");
       found = (card && card.querySelector(act)) || document.querySelector(`#exchange .chosen ${act}`) ||
-        document.querySelector(`#exchange .choices ${act}`);
+        document.querySelector(`#exchange .choices ${act}`) || (key === "r" && document.querySelector('#exchange [data-act="shorter"]'));
     } else if (key === "/") {
       if (composer()) composer().focus();
       event.preventDefault();
@@ -52,7 +52,15 @@
 
   // New replies and the panel to write one come into view by themselves.
   let phase = "";
+  let sheets = 0;
   function follow() {
+    const open = [...document.querySelectorAll("#editor, #confirm")].filter((node) => node.offsetHeight > 0);
+    if (open.length > sheets) {
+      open[0].scrollIntoView({ block: "center" });
+      const first = open[0].querySelector("textarea, button");
+      if (first) first.focus({ preventScroll: true });
+    }
+    sheets = open.length;
     const exchange = document.querySelector("#exchange [data-phase]");
     const now = exchange ? exchange.dataset.phase + exchange.dataset.turn : "";
     if (now && now !== phase && exchange.dataset.phase === "streaming") {

@@ -111,7 +111,7 @@ def build_operator(api_url: str) -> gr.Blocks:
         with gr.Column(elem_id="desk"):
             gr.HTML('<h1 class="title">Operator</h1>', js_on_load=None, apply_default_css=False)
             trouble = _part("trouble")
-            with gr.Column(visible=False, elem_id="key-panel", elem_classes="panel") as key_panel:
+            with gr.Column(visible=False, elem_id="key-panel", elem_classes="sheet") as key_panel:
                 key = gr.Textbox(
                     label="Operator's key", type="password", elem_id="key",
                     info="This page needs an operator's key. It is kept in this browser only.",
@@ -121,7 +121,7 @@ def build_operator(api_url: str) -> gr.Blocks:
                 live = _part("live", acting=True)
                 learner = _part("learner", acting=True)
             said = _part("said")
-            with gr.Column(visible=False, elem_id="confirm", elem_classes="panel") as confirm:
+            with gr.Column(visible=False, elem_id="confirm", elem_classes="sheet") as confirm:
                 question = _part("question")
                 with gr.Row():
                     yes = gr.Button("Yes, do it", variant="primary", elem_id="confirm-yes")

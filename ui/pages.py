@@ -20,7 +20,7 @@ from ui.theme import HERE, head, theme
 
 CLOSED = re.compile(
     r"(/gradio_api)?/(upload|upload_progress|proxy=.*|file=.*|file/.*|stream/.*|component_server|call/.*|run/.*|api/.*"
-    r"|monitoring.*|reset|vibe.*|deep_link|runs?(/.*)?)/?"
+    r"|monitoring.*|vibe.*|deep_link|runs?(/.*)?)/?"
 )
 HEADERS = {
     b"content-security-policy": (
@@ -67,7 +67,7 @@ def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
     app.add_route("/operator", _with_slash, methods=["GET", "HEAD"], include_in_schema=False)
     for path, page in (("/operator", build_operator(api_url)), ("/", build_chat(api_url))):
         gr.mount_gradio_app(
-            app, page, path=path, theme=theme(), css_paths=[HERE / "style.css"], head=head(), footer_links=[],
+            app, page, path=path, theme=theme(), head=head(), footer_links=[],
             run_history=False, ssr_mode=False, mcp_server=False, show_error=False, max_file_size=1, pwa=False,
             enable_monitoring=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
             **({"favicon_path": str(HERE / "favicon.png")} if path == "/" and (HERE / "favicon.png").is_file() else {}),

@@ -19,11 +19,9 @@ def theme() -> gr.themes.Base:
 
 
 def head() -> str:
-    """What goes into the page's `<head>`: keys.js and a colour for the browser's own frame."""
-    return (
-        '<meta name="color-scheme" content="light dark">'
-        f"<script>{(HERE / 'keys.js').read_text()}</script>"
-    )
+    """What goes into the page's `<head>`: style and keys. Gradio's own `css=` would rewrite the selectors, badly."""
+    style, keys = (HERE / "style.css").read_text(), (HERE / "keys.js").read_text()
+    return f'<meta name="color-scheme" content="light dark"><style>{style}</style><script>{keys}</script>'
 
 
 ACTING = (HERE / "acting.js").read_text()
