@@ -132,21 +132,22 @@ def serve(**flags: Any) -> None:
         port = sock.getsockname()[1]
         out.print(f"Loading {settings.model} ...", highlight=False)
 
-        import uvicorn
-
         import ui
         from server.app import create_app
+        from server.serve import make_server
 
-        local = f"http://{'[::1]' if ':' in settings.host else '127.0.0.1'}:{port}"
-        if settings.host not in ("0.0.0.0", "::", "127.0.0.1", "localhost", "::1"):
-            local = f"http://{settings.host}:{port}"
-        web = ui.mount(create_app(settings), local)
+        local = f"http://{address_from_here(settings.host)}:{port}"
+        server = make_server(ui.mount(create_app(settings), local), settings)
         out.print(f"Plaudit: {local}   operator page: {local}/operator   Ctrl-C stops.", highlight=False)
-        config = uvicorn.Config(web, log_level=settings.log_level, access_log=False, timeout_graceful_shutdown=int(settings.grace_s) + 5)
-        server = uvicorn.Server(config)
         server.run(sockets=[sock])
         if not server.started:
             raise SystemExit(2)  # the reason has been told by the application
+
+
+def address_from_here(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
+    return everywhere.get(host.strip("[]"), host)
 
 
 @app.command()

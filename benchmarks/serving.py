@@ -1,0 +1,67 @@
+"""A real `plaudit serve` as a child process, for benchmarks: started on a free port, waited for, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    data_dir: Path
+    pid: int
+    ready_s: float  # from start to /readyz
+
+
+@contextlib.contextmanager
+def serving(*flags: str, data_dir: Path | None = None, ready_within_s: float = 120.0) -> Iterator[Server]:
+    """Run `plaudit serve` with `flags` on a data directory of its own; its output goes to `serve.log` there."""
+    with contextlib.ExitStack() as stack:
+        directory = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-bench-")))
+        directory.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = stack.enter_context((directory / "serve.log").open("wb"))
+        command = [sys.executable, str(ROOT / "plaudit.py"), "serve", "--port", str(port), "--data-dir", str(directory), *flags]
+        began = time.monotonic()
+        child = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while not is_ready(url):
+                if child.poll() is not None or time.monotonic() - began > ready_within_s:
+                    raise RuntimeError(f"the server did not start:\n{(directory / 'serve.log').read_text()[-2000:]}")
+                time.sleep(0.1)
+            yield Server(url, directory, child.pid, time.monotonic() - began)
+        finally:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def is_ready(url: str) -> bool:
+    """Whether `/readyz` answers 200."""
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
