@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from starlette.routing import Match
 
 from server import (
@@ -62,7 +65,30 @@ def create_app(settings: Settings, *, learner_command: list[str] | None = None, 
         upload_path="/v1/adapters",
     )
     app.add_middleware(Observe, metrics=runtime.metrics)
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The schema with our error shape, in place of the 422 that FastAPI would describe."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes, summary="A chat assistant that learns")
+        text = {"type": ["string", "null"]}
+        error = {"type": "object", "required": ["error"], "properties": {"error": {
+            "type": "object", "required": ["message", "type", "param", "code"],
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text}}}}
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        schemas["Error"] = error
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for path, methods in schema["paths"].items():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                if path.startswith("/v1/"):
+                    operation["responses"]["default"] = {"description": "refused or failed", "content": content}
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 async def _nothing_here(request: Request) -> None:

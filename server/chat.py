@@ -139,6 +139,10 @@ class Chat:
             raise ApiError(504, f"no complete reply within {seconds:g} s; ask for fewer tokens, or try again") from None
         except EngineFailed as failed:
             raise ApiError(503, str(failed), code="engine_failed", retry_after_s=1) from failed
+        broken = [self.slots.versions[piece.index] for piece in pieces if piece.finish_reason == "cancelled"]
+        if broken:  # not by us: the engine met NaN or infinity in this version's arithmetic
+            log.error("reply_broke_down", version=broken[0])
+            raise ApiError(503, "a reply broke down in the model's arithmetic; try again", code="engine_failed", retry_after_s=1)
         if pieces and not self._waited:
             self._waited = True
             self.runtime.metrics.first_token.observe(time.time() - self.created)
@@ -204,7 +208,7 @@ class Chat:
     async def record(self) -> None:
         """Make the comparison durable."""
         completions = tuple(
-            Completion(i, s.text, tuple(s.token_ids), tuple(s.logprobs), s.version, s.finish_reason, seed)
+            Completion(i, s.text, tuple(s.token_ids), tuple(s.logprobs), s.version, s.finish_reason or "cancelled", seed)
             for i, (s, seed) in enumerate(zip(self.stream.sequences, self.seeds, strict=True))
         )
         settings = {

@@ -13,10 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 
+from engine.engine import Engine
 from server.abtest import AbTest
 from server.bridge import EngineBridge
 from server.metrics import Metrics
@@ -359,7 +361,11 @@ class Deployment:
             for version in self._loaded - {BASE, self.live, self.previous, self.candidate}:
                 if not self._leases[version] and self._last_used.get(version, 0.0) < long_ago:
                     self._loaded.discard(version)  # before the await: from here on a request loads it anew
-                    await self.bridge.call(lambda engine, v=version: engine.unload_version(v))
+                    await self.bridge.call(partial(_unload, version))
+
+
+def _unload(version: str, engine: Engine) -> None:
+    engine.unload_version(version)
 
 
 def _gate(manifest: dict[str, Any]) -> str | None:

@@ -32,8 +32,9 @@ def probe_gap(published: Mapping[str, Any], served: Mapping[str, Any], tolerance
     if not ids or len(ids) != len(values):
         raise Unfit("its manifest has no probe to check the served weights with")
     here = dict(zip(served["top_ids"], served["top_logprobs"], strict=True))
-    gap = max(abs(v - here.get(i, math.inf)) for i, v in zip(ids, values, strict=True))
-    if not math.isfinite(gap) or gap > tolerance:
+    gaps = [abs(v - here.get(i, math.inf)) for i, v in zip(ids, values, strict=True)]
+    gap = max(gaps) if all(map(math.isfinite, gaps)) else math.inf  # max() alone may step over a NaN
+    if gap > tolerance:
         raise Unfit(f"served logits differ from the published ones by {gap:.3g} nats (at most {tolerance:g} allowed)")
     return gap
 
