@@ -28,12 +28,13 @@ class RewardConfig:
     members: int = 3  # ensemble size (Coste et al. 2023)
     lora_r: int = 16  # rank of each member's adapter
     lora_alpha: int = 32  # scale of each member's adapter: alpha / r
-    lr: float = 1e-3  # AdamW, adapters
-    head_lr: float = 3e-3  # AdamW, scalar head
+    ridge: float = 0.1  # penalty of the head's first fit on the frozen base's features
+    lr: float = 5e-4  # AdamW, adapters
+    head_lr: float = 1e-4  # AdamW, scalar head, after its first fit
     weight_decay: float = 0.05
-    epochs: int = 8  # at most, over the comparisons of one fit; early stopping usually ends it before
+    epochs: int = 2  # passes of LoRA training at most; the held-out loss says how many of them are used, 0 included
     batch: int = 8  # comparisons a step
-    patience: int = 2  # epochs without a better held-out loss before a fold stops
+    patience: int = 1  # passes in a row that do not lower the held-out loss before it ends
     folds: int = 4  # of the cross-validation
     max_examples: int = 400  # comparisons used, newest first: a round must stay short
     max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut
@@ -42,7 +43,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         _need(self.members >= 1, "reward.members must be at least 1")
         _need(self.folds >= 2, "reward.folds must be at least 2")
-        _need(self.epochs >= 1 and self.batch >= 1, "reward.epochs and reward.batch must be at least 1")
+        _need(self.epochs >= 0 and self.batch >= 1, "reward.epochs must be at least 0, reward.batch at least 1")
+        _need(self.ridge > 0, "reward.ridge must be positive")
         _need(self.lr > 0 and self.head_lr > 0, "reward.lr and reward.head_lr must be positive")
 
 

@@ -162,43 +162,53 @@ def deal(labels: Sequence[Hashable], k: int, seed: int) -> list[int]:
     return [bin_of[label] for label in labels]
 
 
+def prompt_groups(examples: Sequence[RankedExample]) -> tuple[list[int], bool]:
+    """A label for each example, equal where they must be on one side of a split, and whether conversations were kept whole.
+
+    Equal prompts always share a label. A conversation's turns do too, unless there are so few conversations (under
+    eight, or one with more than half of the votes) that nothing could be split: people who vote along one long chat.
+    """
+    whole = connected([(("p", e.prompt_key), ("c", e.conversation)) for e in examples])
+    sizes = Counter(whole)
+    if len(sizes) >= 8 and max(sizes.values()) <= len(examples) / 2:
+        return whole, True
+    return connected([(("p", e.prompt_key),) for e in examples]), len({e.conversation for e in examples}) == len(examples)
+
+
 def split_folds(examples: Sequence[RankedExample], k: int, seed: int) -> Split:
-    """Cross-validation folds with nothing of one prompt or voter on both sides.
+    """Cross-validation folds with nothing of one prompt or voter on both sides (prompts as in `prompt_groups`).
 
     - One voter, or one who gave more than half of the votes (who cannot be held out and learned from): by prompt.
     - Votes fall into groups that share neither prompt nor voter: whole groups are dealt to folds, nothing is lost.
     - Otherwise voters judged the same prompts: a grid of prompt folds x 2 voter halves; a cell is scored by a model
       that saw neither its prompts nor its voters (so it learns from about (k-1)/2k of the votes).
 
-    A conversation counts as one prompt. Raises ValueError when there is only one prompt: there is nothing to split.
+    Raises ValueError when there is only one prompt: there is nothing to split.
     """
-    prompts = connected([(("p", e.prompt_key), ("c", e.conversation)) for e in examples])
+    prompts, whole = prompt_groups(examples)
     if len(set(prompts)) < 2:
         raise ValueError("all votes are on one prompt: vote on others too, so that learning can be checked")
-    indices = range(len(examples))
+    said = "" if whole else "; few conversations, so their turns count as prompts of their own"
     voters = Counter(e.voter for e in examples)
     most = max(voters.values())
     k = min(k, len(set(prompts)))
     if len(voters) == 1 or most > len(examples) / 2:
-        bins = deal(prompts, k, seed)
-        note = "only one voter: split by prompt alone" if len(voters) == 1 else (
-            f"one voter gave {most} of {len(examples)} votes: split by prompt alone"
-        )  # fmt: skip
-        return Split(whole_folds(bins, k), "prompt", note)
+        who = "only one voter" if len(voters) == 1 else f"one voter gave {most} of {len(examples)} votes"
+        return Split(whole_folds(deal(prompts, k, seed), k), "prompt", f"{who}: split by prompt alone{said}")
     groups = connected([(("p", prompt), ("v", e.voter)) for prompt, e in zip(prompts, examples, strict=True)])
     if max(Counter(groups).values()) <= len(examples) / 2:
         k = min(k, len(set(groups)))
-        return Split(whole_folds(deal(groups, k, seed), k), "prompt and voter", f"{len(voters)} voters, none on both sides")
-    prompt_bin = deal(prompts, k, seed)
-    voter_bin = deal([e.voter for e in examples], 2, seed)
+        note = f"{len(voters)} voters, none on both sides{said}"
+        return Split(whole_folds(deal(groups, k, seed), k), "prompt and voter", note)
+    prompt_bin, voter_bin = deal(prompts, k, seed), deal([e.voter for e in examples], 2, seed)
     folds = []
     for p in range(k):
         for v in range(2):
-            test = tuple(i for i in indices if prompt_bin[i] == p and voter_bin[i] == v)
-            train = tuple(i for i in indices if prompt_bin[i] != p and voter_bin[i] != v)
+            test = tuple(i for i in range(len(examples)) if prompt_bin[i] == p and voter_bin[i] == v)
+            train = tuple(i for i in range(len(examples)) if prompt_bin[i] != p and voter_bin[i] != v)
             if test and train:
                 folds.append(Fold(train, test))
-    return Split(tuple(folds), "prompt and voter", f"{len(voters)} voters on shared prompts: {k} x 2 grid")
+    return Split(tuple(folds), "prompt and voter", f"{len(voters)} voters on shared prompts: a grid of {k} x 2{said}")
 
 
 def whole_folds(bins: Sequence[int], k: int) -> tuple[Fold, ...]:

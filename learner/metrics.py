@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 Z95 = 1.959963984540054  # two-sided 95%
 Groups = Sequence[Sequence[int]]
@@ -226,6 +227,45 @@ def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence
     if g < 2:
         return mean, float("inf")
     return mean, Z95 * math.sqrt(g / (g - 1) * math.fsum(r * r for r in residual.values())) / count
+
+
+def reward_report(
+    held_out: Mapping[int, Sequence[float]],
+    length_only: Mapping[int, float],
+    groups: Sequence[Groups],
+    clusters: Sequence[object],
+    min_votes: int,
+) -> tuple[dict[str, Any], Verdict]:
+    """The figures of a cross-validation, ready for JSON, and the verdict on them.
+
+    held_out: {index of the comparison: its scores by a model that never saw it}. length_only: {index: accuracy of the
+    cross-validated length baseline}. groups, clusters: of every comparison. Only strict pairs count.
+    """
+    tested = [i for i in sorted(held_out) if strict_pairs(groups[i])]
+    model = [accuracy for i in tested if (accuracy := pair_accuracy(held_out[i], groups[i])) is not None]
+    length = [length_only[i] for i in tested]
+    labels = [clusters[i] for i in tested]
+    verdict = judge(model, length, labels, min_votes)
+    report: dict[str, Any] = {"verdict": verdict.code, "words": verdict.words, "comparisons": len(tested)}
+    if tested:
+        predicted = [
+            (sigmoid(held_out[i][w] - held_out[i][x]), 1 / len(pairs))
+            for i in tested
+            for pairs in [strict_pairs(groups[i])]
+            for w, x in pairs
+        ]
+        probabilities, weights = zip(*predicted, strict=True)
+        gain, half = paired_difference(model, length, labels)
+        report |= {
+            "pairs": len(predicted),
+            "accuracy": interval_dict(clustered_accuracy(model, labels)),
+            "interval": "Wilson, 95%, effective n from the variance between prompts; a comparison counts once",
+            "ece": round(ece(probabilities, weights), 4),
+            "brier": round(brier(probabilities, weights), 4),
+            "length_only": interval_dict(clustered_accuracy(length, labels)),
+            "gain_over_length": {"value": round(gain, 4), "half_width": round(half, 4) if math.isfinite(half) else None},
+        }
+    return report, verdict
 
 
 def interval_dict(interval: Interval) -> dict[str, float]:

@@ -1,0 +1,359 @@
+"""The reward model: several members, each a LoRA adapter and a scalar head on the one shared base.
+
+A completion's score is `head(h)` of the final hidden state of its last valid token, prompt and completion exactly as
+the engine saw them. Members learn from votes by Bradley-Terry over all strict pairs of a comparison (Ouyang et al.
+2022, Eq. 1), ties by Davidson (1970); they differ in their initial weights, order of data and in Bayesian-bootstrap
+weights of the votes (Rubin 1981). Before any of it is believed, `cross_validate` scores every vote with members that
+saw neither its prompt nor its voter.
+
+Owns fitting, scoring, saving. Does not judge the figures (`learner/metrics.py`) or split the votes (`learner/data.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.model import CausalModel
+from learner.config import RewardConfig
+from learner.data import RankedExample, Split
+from learner.losses import preference_loss
+
+HEADS, ABOUT = "heads.safetensors", "reward.json"
+Progress = Callable[[float, str], None]
+
+
+class RewardDiverged(Exception):
+    """Fitting met a number that is not finite; the round must be dropped."""
+
+
+class Member(nn.Module):
+    """One member: the name of its adapter, its scalar head, and its own tendency to call ties.
+
+    head: (D,) -> scalar. log_nu: Davidson's tie parameter.
+    """
+
+    def __init__(self, adapter: str, hidden_size: int) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.log_nu = nn.Parameter(torch.zeros(()))
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the head: weight (1, D), bias scalar."""
+        self.head.weight.copy_(weight)
+        self.head.bias.fill_(bias.item())
+
+    def forward(self, model: CausalModel, ids: Tensor, valid: Tensor) -> Tensor:
+        """ids, valid (N, T), padded on the right -> scores (N,), in logits of a pairwise preference."""
+        return self.head(last_hidden(model, ids, valid, self.adapter)).squeeze(-1)
+
+
+def last_hidden(model: CausalModel, ids: Tensor, valid: Tensor, adapter: str | None) -> Tensor:
+    """(N, D) float32 final hidden state of each row's last valid token (not of column -1)."""
+    hidden = model(ids, valid=valid, adapter=adapter)  # (N, T, D)
+    return hidden[torch.arange(len(ids), device=ids.device), valid.sum(1) - 1].float()
+
+
+class RewardModel:
+    """An ensemble over one CausalModel. `members` are in order; scores come as one column a member."""
+
+    def __init__(self, model: CausalModel, config: RewardConfig, members: Sequence[Member]) -> None:
+        self.model, self.config, self.members = model, config, list(members)
+
+    @classmethod
+    def create(cls, model: CausalModel, config: RewardConfig, count: int, seed: int, prefix: str = "reward") -> RewardModel:
+        """`count` fresh members with adapters `<prefix>0`, `<prefix>1`, ... (replacing any of those names)."""
+        members = []
+        for i in range(count):
+            name = f"{prefix}{i}"
+            model.lora.create(name, r=config.lora_r, alpha=config.lora_alpha, seed=seed + 1000 * i)
+            members.append(Member(name, model.hidden_size).to(model.device))
+        return cls(model, config, members)
+
+    @torch.no_grad()
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None
+    ) -> Tensor:
+        """Scores (N, members) of N completions, each on its own prompt. `members` picks some of them, by position."""
+        rows = [self.row(p, c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        chosen = self.members if members is None else [self.members[i] for i in members]
+        scores = torch.empty(len(rows), len(chosen))
+        for part in by_length(rows, self.config.score_batch):
+            ids, valid = pad([rows[i] for i in part], self.model)
+            for column, member in enumerate(chosen):
+                scores[part, column] = member(self.model, ids, valid).cpu()
+        return scores
+
+    def score_examples(self, examples: Sequence[RankedExample], members: Sequence[int] | None = None) -> list[Tensor]:
+        """Scores (K, members) of each example's completions."""
+        flat = self.score(
+            [e.prompt_ids for e in examples for _ in e.completions_ids],
+            [c for e in examples for c in e.completions_ids],
+            members,
+        )
+        return list(flat.split([len(e.completions_ids) for e in examples]))
+
+    def save(self, path: Path) -> None:
+        """Write each member's adapter (PEFT), the heads (safetensors) and what they are, under `path`."""
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for i, member in enumerate(self.members):
+            self.model.lora.save(member.adapter, path / f"member{i}")
+            tensors |= {f"{i}.{name}": value.detach().cpu().contiguous() for name, value in member.state_dict().items()}
+        save_file(tensors, path / HEADS)
+        about = {"members": [m.adapter for m in self.members], "hidden_size": self.model.hidden_size, "base": self.model.source}
+        (path / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, model: CausalModel, config: RewardConfig, path: Path) -> RewardModel:
+        """Read what `save` wrote; its scores are the same. Raises engine.lora.AdapterError, OSError."""
+        about = json.loads((path / ABOUT).read_text("utf-8"))
+        tensors, members = load_file(path / HEADS), []
+        for i, name in enumerate(about["members"]):
+            model.lora.load(name, path / f"member{i}")
+            member = Member(name, about["hidden_size"])
+            member.load_state_dict({key: tensors[f"{i}.{key}"] for key in member.state_dict()})
+            members.append(member.to(model.device))
+        return cls(model, config, members)
+
+    def delete(self) -> None:
+        """Take the members' adapters out of the model."""
+        for member in self.members:
+            self.model.lora.delete(member.adapter)
+
+    def row(self, prompt: Sequence[int], completion: Sequence[int]) -> list[int]:
+        """Prompt and completion as one row of at most `max_tokens`: the oldest go first, the end is always kept."""
+        return [*prompt, *completion][-min(self.config.max_tokens, self.model.max_context) :]
+
+
+def by_length(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of `rows` in batches of `size`, like lengths together: little padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def pad(rows: Sequence[Sequence[int]], model: CausalModel) -> tuple[Tensor, Tensor]:
+    """Rows of token ids -> ids, valid (N, T), padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), model.pad_id, dtype=torch.long)
+    valid = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        valid[i, : len(row)] = True
+    return ids.to(model.device), valid.to(model.device)
+
+
+class Fit:
+    """The fitting of one member: its head on the frozen base's features first, then head and adapter together.
+
+    Starting from a fitted head (Kumar et al. 2022, LP-FT) is what makes a few dozen votes and seconds enough.
+    """
+
+    def __init__(
+        self, reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], seed: int
+    ) -> None:
+        config = reward.config
+        self.reward, self.member, self.examples = reward, reward.members[which], list(examples)
+        self.generator = torch.Generator().manual_seed(seed)
+        weights = torch.empty(len(examples)).exponential_(generator=self.generator)  # Bayesian bootstrap
+        self.weights = weights / weights.mean() * torch.tensor([e.weight for e in examples])
+        self.member.start(*linear_probe(examples, features, self.weights, config.ridge))
+        ties = sum(bool(e.tied) for e in examples) / len(examples)
+        self.log_nu = self.member.log_nu if ties else None  # without ties Davidson's model is Bradley-Terry's
+        if ties:
+            with torch.no_grad():  # the nu at which equal replies tie as often as votes do
+                self.member.log_nu.fill_(math.log(2 * ties / max(1 - ties, 0.05)))
+        adapter = list(reward.model.lora.parameters(self.member.adapter).values())
+        self.parameters = [*adapter, *self.member.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": adapter, "lr": config.lr, "weight_decay": config.weight_decay},
+                {"params": list(self.member.parameters()), "lr": config.head_lr, "weight_decay": 0.0},
+            ]
+        )
+        self.peak = [group["lr"] for group in self.optimizer.param_groups]
+
+    def epoch(self, number: int) -> float:
+        """Pass `number` (from 0) over the examples; its mean loss. Raises RewardDiverged."""
+        config, total = self.reward.config, 0.0
+        batches = self._batches()
+        for i, batch in enumerate(batches):
+            done = (number + i / len(batches)) / config.epochs
+            for group, peak in zip(self.optimizer.param_groups, self.peak, strict=True):
+                group["lr"] = peak * max(0.1, 1 - done)
+            loss = self._loss(batch)
+            if not math.isfinite(loss.item()):
+                raise RewardDiverged("the reward model's loss is not a finite number")
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            total += loss.item() * len(batch)
+        return total / len(self.examples)
+
+    def _batches(self) -> list[list[int]]:
+        """Random batches of examples, like lengths together so that little is padding."""
+        noise = torch.rand(len(self.examples), generator=self.generator).tolist()
+        size = [max(map(len, e.completions_ids)) + len(e.prompt_ids) for e in self.examples]
+        order = sorted(range(len(self.examples)), key=lambda i: size[i] * (1 + 0.5 * noise[i]))
+        batches = [order[i : i + self.reward.config.batch] for i in range(0, len(order), self.reward.config.batch)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
+
+    def _loss(self, batch: Sequence[int]) -> Tensor:
+        examples = [self.examples[i] for i in batch]
+        rows = [self.reward.row(e.prompt_ids, c) for e in examples for c in e.completions_ids]
+        scores = self.member(self.reward.model, *pad(rows, self.reward.model))
+        return comparisons_loss(scores, examples, self.log_nu, self.weights[list(batch)])
+
+
+@torch.no_grad()
+def base_features(reward: RewardModel, examples: Sequence[RankedExample]) -> list[Tensor]:
+    """(K, D) final hidden states of each example's completions, last valid token, bare base."""
+    rows = [reward.row(e.prompt_ids, c) for e in examples for c in e.completions_ids]
+    features = torch.empty(len(rows), reward.model.hidden_size)
+    for part in by_length(rows, reward.config.score_batch):
+        ids, valid = pad([rows[i] for i in part], reward.model)
+        features[part] = last_hidden(reward.model, ids, valid, None).cpu()
+    return list(features.split([len(e.completions_ids) for e in examples]))
+
+
+def linear_probe(
+    examples: Sequence[RankedExample], features: Sequence[Tensor], weights: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Head (1, D) and bias of the ridge-penalised Bradley-Terry model on fixed features; a tie is half a win each way.
+
+    features: (K, D) an example. Features are standardised and the penalty is `ridge` / 2 |w|^2 with them scaled by
+    1 / sqrt(D), so that `ridge` means the same for every model. Convex: L-BFGS finds the one optimum. The bias puts the
+    mean score of these completions at 0 (Ouyang et al. 2022).
+    """
+    flat = torch.cat(list(features)).double()
+    mean, scale = flat.mean(0), flat.std(0).clamp(min=1e-6) * flat.shape[1] ** 0.5
+    differences, shares = [], []
+    for example, own, weight in zip(examples, features, weights.tolist(), strict=True):
+        z = (own.double() - mean) / scale
+        wins = [(w, x, 1.0) for w, x in example.strict] + [(i, j, 0.5) for a, b in example.tied for i, j in ((a, b), (b, a))]
+        total = sum(share for _, _, share in wins)
+        for winner, loser, share in wins:
+            differences.append(z[winner] - z[loser])
+            shares.append(weight * share / total)
+    d, share = torch.stack(differences), torch.tensor(shares, dtype=torch.float64)  # (P, D), (P,)
+    w = torch.zeros(d.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (share * F.softplus(-(d @ w))).sum() + ridge / 2 * (w @ w)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    head = (w.detach() / scale).float()
+    return head[None], -(head @ mean.float())
+
+
+def comparisons_loss(scores: Tensor, examples: Sequence[RankedExample], log_nu: Tensor | None, weights: Tensor) -> Tensor:
+    """Weighted mean over comparisons of the mean pair loss, nats. scores: (sum K,), in the examples' order."""
+    own = scores.split([len(e.completions_ids) for e in examples])
+    losses = [
+        weight * preference_loss(s, e.strict, e.tied, log_nu)
+        for s, e, weight in zip(own, examples, weights.tolist(), strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Held-out scores of every vote that a fold tested.
+
+    scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... passes;
+    epochs: how many were best. judges: the members that gave the scores, one a fold, as they were then.
+    """
+
+    scores: dict[int, list[float]]
+    curve: list[float]
+    epochs: int
+    judges: RewardModel
+
+
+def cross_validate(
+    model: CausalModel, examples: Sequence[RankedExample], split: Split, config: RewardConfig, seed: int, progress: Progress
+) -> CrossValidation:
+    """Fit one member a fold, side by side, until the pooled held-out loss stops falling; scores at the best pass.
+
+    The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises.
+    """
+    reward = RewardModel.create(model, config, len(split.folds), seed, "judge")
+    progress(0.0, "reading the votes")
+    features = base_features(reward, examples)
+    fits = [
+        Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], seed + i)
+        for i, fold in enumerate(split.folds)
+    ]
+    curve: list[float] = []
+    best: tuple[dict[int, list[float]], list[dict[str, Tensor]]] = ({}, [])
+    for epoch in range(config.epochs + 1):
+        scores: dict[int, list[float]] = {}
+        losses: list[float] = []
+        for i, fold in enumerate(split.folds):
+            progress((epoch + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {epoch}, fold {i + 1} of {len(fits)}")
+            if epoch:
+                fits[i].epoch(epoch - 1)
+            test = [examples[j] for j in fold.test]
+            for j, example, held_out in zip(fold.test, test, reward.score_examples(test, [i]), strict=True):
+                scores[j] = held_out[:, 0].tolist()
+                if example.strict:
+                    losses.append(preference_loss(held_out[:, 0], example.strict, []).item())
+        curve.append(sum(losses) / max(1, len(losses)))
+        if not math.isfinite(curve[-1]):
+            raise RewardDiverged("the reward model's held-out loss is not a finite number")
+        if curve[-1] == min(curve):
+            best = scores, [state_of(reward, i) for i in range(len(fits))]
+        elif epoch - curve.index(min(curve)) >= config.patience:
+            break
+    for i, state in enumerate(best[1]):
+        restore(reward, i, state)
+    return CrossValidation(best[0], curve, curve.index(min(curve)), reward)
+
+
+def fit_members(
+    model: CausalModel, examples: Sequence[RankedExample], config: RewardConfig, epochs: int, seed: int, progress: Progress
+) -> RewardModel:
+    """The ensemble that PPO optimises: `config.members` members on all examples, `epochs` passes each."""
+    reward = RewardModel.create(model, config, config.members, seed)
+    features = base_features(reward, examples)
+    for i in range(config.members):
+        fit = Fit(reward, i, examples, features, seed + i)
+        for epoch in range(epochs):
+            progress((i + epoch / epochs) / config.members, f"member {i + 1} of {config.members}, pass {epoch + 1}")
+            fit.epoch(epoch)
+    return reward
+
+
+def state_of(reward: RewardModel, which: int) -> dict[str, Tensor]:
+    """A copy of one member's adapter and head."""
+    return {name: value.detach().clone() for name, value in named(reward, which).items()}
+
+
+@torch.no_grad()
+def restore(reward: RewardModel, which: int, state: dict[str, Tensor]) -> None:
+    """Put back what `state_of` copied."""
+    for name, value in named(reward, which).items():
+        value.copy_(state[name])
+
+
+def named(reward: RewardModel, which: int) -> dict[str, nn.Parameter]:
+    """Every parameter of one member, adapter and head."""
+    member = reward.members[which]
+    return {**reward.model.lora.parameters(member.adapter), **dict(member.named_parameters())}
