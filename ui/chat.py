@@ -266,9 +266,9 @@ def _shown(visible: bool) -> Any:
     return gr.update(visible=visible)
 
 
-def build_chat(api_url: str) -> gr.Blocks:
+def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
     """The chat page, talking to the API at `api_url`. Mount it with `ui.mount`, which brings its styles and keys."""
-    on = _Page(ApiClient(api_url))
+    on = _Page(client or ApiClient(api_url))
     with gr.Blocks(title="Plaudit", analytics_enabled=False, fill_width=True) as page:
         identity = gr.BrowserState(None, storage_key="plaudit.visitor", secret="plaudit.visitor")
         chat = gr.State(Chat())

@@ -1,7 +1,7 @@
 """One visitor's conversation as the chat page holds it: settled turns, and the exchange that is open now.
 
     empty -> streaming -> choosing -> voted -> (next message settles it) -> streaming ...
-                      \-> stopped | failed
+                      or stopped, or failed
 
 Owns what the next request's history is. Knows nothing of HTML, HTTP or Gradio.
 """

@@ -101,9 +101,9 @@ def _part(elem_id: str, value: str = "", acting: bool = False) -> gr.HTML:
     return gr.HTML(value, elem_id=elem_id, js_on_load=ACTING if acting else None, apply_default_css=False)
 
 
-def build_operator(api_url: str) -> gr.Blocks:
+def build_operator(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
     """The operator page, talking to the API at `api_url`. Mount it with `ui.mount`, which brings its styles."""
-    on = _Page(ApiClient(api_url))
+    on = _Page(client or ApiClient(api_url))
     with gr.Blocks(title="Plaudit: operator", analytics_enabled=False, fill_width=True) as page:
         identity = gr.BrowserState(None, storage_key="plaudit.visitor", secret="plaudit.visitor")
         pending = gr.State(None)

@@ -7,6 +7,9 @@ are answered 404 before Gradio sees them.
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -15,6 +18,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ui.chat import build_chat
+from ui.client import ApiClient
 from ui.operator import build_operator
 from ui.theme import HERE, head, theme
 
@@ -62,10 +66,26 @@ async def _with_slash(request: Request) -> RedirectResponse:
     return RedirectResponse(f"{request.scope.get('root_path', '')}/operator/", 307)
 
 
+def _close_at_the_end(app: FastAPI, client: ApiClient) -> None:
+    before = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
+        async with before(application) as state:
+            try:
+                yield state
+            finally:
+                await client.close()
+
+    app.router.lifespan_context = lifespan
+
+
 def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
     """`ui.mount`."""
     app.add_route("/operator", _with_slash, methods=["GET", "HEAD"], include_in_schema=False)
-    for path, page in (("/operator", build_operator(api_url)), ("/", build_chat(api_url))):
+    client = ApiClient(api_url)
+    _close_at_the_end(app, client)
+    for path, page in (("/operator", build_operator(api_url, client)), ("/", build_chat(api_url, client))):
         gr.mount_gradio_app(
             app, page, path=path, theme=theme(), head=head(), footer_links=[],
             run_history=False, ssr_mode=False, mcp_server=False, show_error=False, max_file_size=1, pwa=False,

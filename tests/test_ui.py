@@ -1,0 +1,471 @@
+"""The pages' parts: safe rendering, plain sentences, the conversation's state, and the client against a tiny API."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from html.parser import HTMLParser
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from tests.ui_fake import TEXTS, Fake, error
+from ui import cards, figures, sentences
+from ui.client import ApiClient, Problem, Visitor
+from ui.exchange import Chat, Reply
+from ui.pace import paced
+from ui.render import markdown, plain
+
+WHO = Visitor("voter-1")
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)><script>alert(1)</script></svg>",
+    "<iframe src='https://evil.example'></iframe>",
+    "<style>body{display:none}</style>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<div onclick=alert(1) style='position:fixed;inset:0'>x</div>",
+    "[x](javascript:alert(1))",
+    "[x](JaVaScRiPt:alert(1))",
+    "[x](java\tscript:alert(1))",
+    "[x](&#106;avascript:alert(1))",
+    "[x](data:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg==)",
+    "[x](vbscript:msgbox(1))",
+    "[x](file:///etc/passwd)",
+    "[x](//evil.example/x)",
+    "[x](/operator)",
+    "<javascript:alert(1)>",
+    "![x](https://evil.example/pixel.png)",
+    "![x](data:image/svg+xml;base64,PHN2Zy8+)",
+    "[![x](https://evil.example/pixel.png)](https://evil.example)",
+    "![<img src=y onerror=alert(1)>](https://evil.example/p.png \"' onload='alert(1)\")",
+    "[x](https://evil.example/\"onmouseover=alert(1))",
+    "[x](https://evil.example 'title\" onclick=\"alert(1)')",
+    "[ref]\n\n[ref]: javascript:alert(1)",
+    "```html\n<script>alert(1)</script>\n```",
+    "`<img src=x onerror=alert(1)>`",
+    "```\"onload=alert(1)\nx\n```",
+    "| a |\n|---|\n| <img src=x onerror=alert(1)> |",
+    "<!--><script>alert(1)</script>-->",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "<meta http-equiv=refresh content='0;url=https://evil.example'>",
+    "<form action=https://evil.example><button>x</button></form>",
+    "<base href=https://evil.example>",
+    "<link rel=stylesheet href=https://evil.example/x.css>",
+    "{{constructor.constructor('alert(1)')()}} ${alert(1)} `${alert(1)}`",
+    "<details open ontoggle=alert(1)>",
+    "\u202e\u2066<script>",
+    "<scr\x00ipt>alert(1)</scr\x00ipt>",
+]
+TAGS = frozenset(re.findall(r"\w+", "p br strong em s code pre ul ol li blockquote hr a span h3 h4 h5 h6 table thead tbody tr th td"))
+ATTRIBUTES = {"a": {"href", "rel", "target"}, "span": {"class"}, "code": {"class"}, "ol": {"start"}, "th": {"style"}, "td": {"style"}}
+
+
+class Inspector(HTMLParser):
+    """Lists every tag and attribute a browser would see."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_a_model_writes_becomes_active_html(attack: str) -> None:
+    for text in (attack, f"Before {attack} after", f"> {attack}", f"- {attack}\n- b"):
+        for tag, attributes in Inspector(markdown(text)).found:
+            assert tag in TAGS, (tag, text)
+            assert set(attributes) <= ATTRIBUTES.get(tag, set()), (tag, attributes)
+            if tag == "a":
+                assert re.match(r"https?://", attributes["href"] or ""), attributes
+                assert attributes["rel"] == "noopener noreferrer nofollow"
+            if "style" in attributes:
+                assert re.fullmatch(r"text-align:(left|right|center)", attributes["style"] or ""), attributes
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_a_person_writes_becomes_html(attack: str) -> None:
+    assert Inspector(f'<p title="{plain(attack)}">{plain(attack)}</p>').found[1:] == []
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_card_shows_only_the_tags_of_our_own_templates(attack: str) -> None:
+    harmless = Chat(phase="voted", message="x", replies=[Reply("x", "stop", "v1")] * 2, comparison_id="c", choice=0)
+    hostile = Chat(phase="voted", message=attack, replies=[Reply(attack, "stop", attack)] * 2, comparison_id="c", choice=0, problem=attack)
+    allowed = {tag for tag, _ in Inspector(cards.exchange(harmless)).found}
+    for tag, attributes in Inspector(cards.exchange(hostile)).found:
+        assert tag in allowed | TAGS
+        assert not any(name.startswith("on") or name in ("src", "srcdoc", "style") for name in attributes if tag not in ("th", "td"))
+
+
+def test_markdown_that_people_expect_is_shown() -> None:
+    html = markdown("# Title\n\n**bold** and *it*\n\n1. one\n2. two\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n`x < y`")
+    for part in ("<h3>Title</h3>", "<strong>bold</strong>", "<ol>", "<li>one</li>", "<td>1</td>", "<code>x &lt; y</code>"):
+        assert part in html
+
+
+def test_a_link_says_where_it_leads() -> None:
+    html = markdown("[your bank](https://evil.example/login) and [https://good.example/a](https://good.example/a)")
+    assert 'your bank</a> <span class="link-host">(evil.example)</span>' in html
+    assert "good.example)" not in html
+    assert "(evil.example)" in markdown("[https://bank.example](https://evil.example)"), "a link that lies about its host"
+
+
+def test_an_image_is_its_description() -> None:
+    assert markdown("![a **cat**](https://x.example/c.png)") == '<p><span class="no-image">[image: a cat]</span></p>\n'
+
+
+def test_our_templates_never_hand_text_to_gradios_own_template_language() -> None:
+    """gr.HTML compiles its html_template with Handlebars and evaluates it: values must only come in through ${value}."""
+    from ui.chat import build_chat
+    from ui.operator import build_operator
+
+    async def pages() -> list:
+        return [build("http://api.example") for build in (build_chat, build_operator)]
+
+    for page in asyncio.run(pages()):
+        found = [b["props"] for b in page.get_config_file()["components"] if b["type"] == "html"]
+        assert found
+        assert {props["html_template"] for props in found} == {"${value}"}
+
+
+# --- pace
+
+
+def test_updates_are_coalesced_and_nothing_is_lost() -> None:
+    async def many() -> AsyncIterator[int]:
+        for i in range(400):
+            yield i
+            await asyncio.sleep(0.001)
+
+    async def collect() -> tuple[list[int], int, float]:
+        started, items, batches = time.monotonic(), [], 0
+        async for batch in paced(many()):
+            items += batch
+            batches += 1
+        return items, batches, time.monotonic() - started
+
+    items, batches, seconds = asyncio.run(collect())
+    assert items == list(range(400))
+    assert batches <= 20 * seconds + 1
+
+
+def test_an_error_of_the_source_comes_after_what_it_gave() -> None:
+    async def broken() -> AsyncIterator[int]:
+        yield 1
+        raise Problem("broken")
+
+    async def collect() -> list[int]:
+        seen: list[int] = []
+        with pytest.raises(Problem, match="broken"):
+            async for batch in paced(broken()):
+                seen += batch
+        return seen
+
+    assert asyncio.run(collect()) == [1]
+
+
+def test_leaving_early_closes_the_source() -> None:
+    closed = []
+
+    async def endless() -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+                await asyncio.sleep(0.001)
+        finally:
+            closed.append(True)
+
+    async def leave() -> None:
+        batches = paced(endless())
+        await anext(batches)
+        await batches.aclose()
+
+    asyncio.run(leave())
+    assert closed == [True]
+
+
+# --- client
+
+
+def client_of(app: FastAPI) -> ApiClient:
+    return ApiClient("http://fake", transport=httpx.ASGITransport(app))
+
+
+def talk(fake: Fake, messages: list[dict[str, str]], n: int, conversation: str | None = None) -> list:
+    async def run() -> list:
+        return [piece async for piece in client_of(fake.app()).chat(WHO, messages, n, conversation)]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_streamed_replies_arrive_whole_and_apart(n: int) -> None:
+    fake = Fake()
+    pieces = talk(fake, [{"role": "user", "content": "Hi"}], n, "conv-9")
+    for index in range(n):
+        assert "".join(p.text for p in pieces if p.index == index) == TEXTS[index]
+        assert [p.finish_reason for p in pieces if p.index == index][-1] == "stop"
+    assert {p.comparison_id for p in pieces} == {"cmp-1"}
+    assert fake.asked == [{"model": "plaudit", "messages": [{"role": "user", "content": "Hi"}], "n": n, "stream": True,
+                           "metadata": {"conversation_id": "conv-9"}}]
+    assert fake.headers[0]["plaudit-voter"] == "voter-1"
+
+
+def test_a_stream_that_reports_an_error_raises_its_sentence() -> None:
+    fake = Fake()
+    fake.break_after = 3
+    with pytest.raises(Problem, match=r"^The model ran out of memory\.$"):
+        talk(fake, [{"role": "user", "content": "Hi"}], 2)
+
+
+def test_a_stream_that_just_ends_is_not_taken_for_complete() -> None:
+    def half(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text='data: {"choices": [{"index": 0, "delta": {"content": "The"}}]}\n\n')
+
+    async def run() -> None:
+        async for _ in ApiClient("http://x", transport=httpx.MockTransport(half)).chat(WHO, [], 1):
+            pass
+
+    with pytest.raises(Problem, match="broke off"):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (error(401, "send your key"), "needs a key"),
+        (error(403, "this needs an operator's key"), "This needs an operator's key."),
+        (error(404, "there is no such comparison of yours"), "not there any more"),
+        (error(409, "a round is running"), "A round is running."),
+        (error(413, "body"), "too long"),
+        (error(429, "queue full", {"Retry-After": "5"}), "in 5 seconds"),
+        (error(429, "queue full"), "in a moment"),
+        (error(500, "Traceback (most recent call last)"), "Something went wrong on the server (status 500)"),
+        (error(503, "draining"), "starting or stopping"),
+        (error(504, "deadline"), "took too long"),
+        (error(507, "disk"), "disk is full"),
+    ],
+)
+def test_every_failure_is_a_plain_sentence(answer, sentence: str) -> None:
+    fake = Fake()
+    fake.fail = answer
+
+    async def run() -> None:
+        await client_of(fake.app()).vote(WHO, "c", {"favourite": 0})
+
+    with pytest.raises(Problem) as caught:
+        asyncio.run(run())
+    said = str(caught.value)
+    assert sentence in said
+    assert said[0].isupper() and said.endswith(".") and "Traceback" not in said
+    assert caught.value.needs_key == (answer.status_code == 401)
+
+
+def test_a_server_that_is_gone_or_is_something_else_is_a_plain_sentence() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    def other(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text="<html>It works!</html>")
+
+    for transport, sentence in ((refuse, "cannot be reached"), (other, "could not be read")):
+        client = ApiClient("http://x", transport=httpx.MockTransport(transport))
+        with pytest.raises(Problem, match=sentence):
+            asyncio.run(client.status(WHO))
+
+
+def test_identity_headers_carry_the_key_and_nothing_that_breaks_a_header() -> None:
+    assert Visitor("v", "plaudit-1-x").headers == {"Plaudit-Voter": "v", "Authorization": "Bearer plaudit-1-x"}
+    assert Visitor("a\r\nX-Evil: 1é").headers == {"Plaudit-Voter": "aX-Evil: 1"}
+    assert Visitor("v", host="evil.example", origin="https://evil.example").headers["Origin"] == "https://evil.example"
+    assert Visitor().headers == {}
+
+
+def test_ids_cannot_lead_to_another_path() -> None:
+    seen = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.raw_path)
+        return httpx.Response(200, json={})
+
+    client = ApiClient("http://x", transport=httpx.MockTransport(note))
+    asyncio.run(client.promote(WHO, "../learner/run?x=1#"))
+    assert seen == [b"/v1/adapters/..%2Flearner%2Frun%3Fx%3D1%23/promote"]
+
+
+# --- conversation state
+
+
+def answered(chat: Chat, message: str, n: int = 2) -> list[dict[str, str]]:
+    messages = chat.begin(message, n)
+    for i in range(n):
+        chat.add(i, f"{message}-{i}", "stop")
+    chat.comparison_id, chat.phase = "c", "choosing"
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("choice", "edit", "reply"),
+    [(1, None, "a-1"), (1, "better", "better"), ("tie", None, "a-0"), (None, None, "a-0"), ("none", "mine", "mine")],
+)
+def test_the_favourite_or_its_edit_carries_the_conversation_on(choice, edit, reply: str) -> None:
+    chat = Chat()
+    assert answered(chat, "a") == [{"role": "user", "content": "a"}]
+    chat.choice, chat.edit = choice, edit
+    chat.phase = "choosing" if choice is None else "voted"
+    assert answered(chat, "b") == [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": reply}, {"role": "user", "content": "b"}]
+
+
+def test_an_exchange_where_none_was_good_stays_out_of_the_history() -> None:
+    chat = Chat()
+    answered(chat, "a")
+    chat.choice, chat.phase = "none", "voted"
+    assert answered(chat, "b") == [{"role": "user", "content": "b"}]
+    assert chat.turns[0].reply is None and "not part of the conversation" in cards.thread(chat)
+
+
+def test_a_stopped_exchange_is_not_a_turn() -> None:
+    chat = Chat()
+    chat.begin("a", 2)
+    chat.add(0, "half", None)
+    chat.phase = "stopped"
+    assert answered(chat, "b") == [{"role": "user", "content": "b"}]
+
+
+def test_forgetting_halves_what_is_sent_and_the_page_says_so() -> None:
+    chat = Chat()
+    for message in "abcd":
+        answered(chat, message)
+    chat.settle()
+    chat.forget()
+    assert [m["content"] for m in chat.history()] == ["c", "c-0", "d", "d-0"]
+    assert cards.thread(chat).index("no longer sees") > cards.thread(chat).index("b-0")
+
+
+@pytest.mark.parametrize(
+    ("choice", "edit", "body"),
+    [
+        (1, None, {"favourite": 1}), (0, "x", {"favourite": 0, "edit": "x"}),
+        ("tie", None, {"verdict": "tie"}), ("none", "x", {"verdict": "none", "edit": "x"}),
+    ],
+)
+def test_votes_have_the_shape_of_the_contract(choice, edit, body: dict) -> None:
+    assert Chat(choice=choice, edit=edit).vote() == body
+
+
+def test_versions_are_hidden_until_the_vote_reveals_them() -> None:
+    chat = Chat()
+    answered(chat, "a")
+    assert "version" not in cards.exchange(chat)
+    chat.reveal([{"index": 0, "version": "v000007"}, {"index": 1, "version": "base"}, {"index": 9, "version": "x"}, None])
+    html = cards.exchange(chat)
+    assert "v000007" in html and "the original model" in html
+
+
+def test_a_stored_conversation_opens_with_its_newest_replies_and_vote() -> None:
+    chat = Chat.reopened({
+        "conversation_id": "conv",
+        "comparisons": [
+            {"comparison_id": "c1", "messages": [{"role": "user", "content": "a"}],
+             "choices": [{"index": 0, "text": "A", "version": "v1"}, {"index": 1, "text": "B", "version": "base"}],
+             "vote": {"kind": "favourite", "groups": [[1], [0]]}},
+            {"comparison_id": "c2",
+             "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "b"}],
+             "choices": [{"index": 1, "text": "D"}, {"index": 0, "text": "C"}], "vote": None},
+        ],
+    })
+    assert [(t.message, t.reply, t.version) for t in chat.turns] == [("a", "B", "base")]
+    assert (chat.message, [r.text for r in chat.replies], chat.comparison_id, chat.phase) == ("b", ["C", "D"], "c2", "choosing")
+
+
+# --- sentences and figures
+
+
+def test_the_status_line_says_what_happened_to_the_vote() -> None:
+    status = {"live": "v000001", "votes": 11, "votes_until_next_round": 5, "learner_state": "idle"}
+    assert sentences.status_line(status, saved="Your pick is saved.") == "Your pick is saved. 5 more until the next update."
+    assert sentences.status_line(status) == "5 more picks until the next update."
+    assert sentences.status_line(status | {"votes_until_next_round": 1}) == "1 more pick until the next update."
+    working = status | {"learner_state": "training_reward", "votes": 16, "progress": 0.4}
+    assert sentences.status_line(working) == "The assistant is learning from 16 picks: training the reward model … 40%"
+
+
+def test_the_status_line_tells_of_a_new_version_with_its_time() -> None:
+    at = time.mktime((2026, 5, 3, 14, 3, 0, 0, 0, -1))
+    line = sentences.status_line(
+        {"live": "v000002", "live_since": at}, live_when_opened="v000001", now_s=at + 60)
+    assert re.sub("<[^>]+>", "", line) == "A new version, v000002, went live at 14:03."
+    assert "went live" not in sentences.status_line({"live": "v000002"}, live_when_opened="v000002")
+
+
+ODD = [{}, {"live": None}, {"progress": "x", "learner_state": 3}, {"learner_state": "ppo", "progress": {"step": 1, "steps": 0}},
+       {"live": 7, "live_since": "yesterday", "votes_until_next_round": float("nan")}, {"live_since": 1e300}]
+
+
+@pytest.mark.parametrize("status", ODD)
+def test_odd_status_never_breaks_the_line(status: dict) -> None:
+    assert isinstance(sentences.status_line(status, live_when_opened="v000001"), str)
+
+
+@pytest.mark.parametrize("odd", [{}, {"data": None}, {"data": [None, {}]}, {"data": [{"version": None, "gate": "x", "win_rate": "y"}]}])
+def test_odd_figures_never_break_the_operator_page(odd: dict) -> None:
+    rows = [{}, {"round": "x", "reward": 3, "ppo": [], "gate": {"checks": [None, {}]}}, {"round": 2, "reward": {"accuracy": {"value": 0.7, "low": 0.6, "high": 0.8}}}]
+    for html in (figures.overview(odd, odd), figures.learner(odd), figures.versions(odd), figures.rounds(rows), figures.charts(rows), figures.rounds([])):
+        assert isinstance(html, str)
+    assert "70%" in figures.rounds(rows) and "60–80%" in figures.rounds(rows)
+
+
+def test_a_rejected_version_names_its_failing_checks_and_cannot_be_promoted() -> None:
+    gate = {"verdict": "rejected", "checks": [{"name": "kl", "passed": True}, {"name": "length_drift", "passed": False}]}
+    html = figures.versions({"live": "base", "data": [{"version": "v000001", "status": "rejected", "gate": gate}]})
+    assert "length drift" in html and ">kl<" not in html and 'data-act="promote"' not in html
+
+
+def test_a_chart_puts_its_points_where_the_figures_say() -> None:
+    rows = [{"round": 1, "v": 0.0}, {"round": 2, "v": 0.5}, {"round": 3, "v": 1.0}]
+    svg = figures.chart("t", rows, lambda r: r["v"], lambda r: None, line=0.5, unit=100, mark="chance")
+    points = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    (x1, bottom), (x2, middle), (x3, top) = points
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and bottom - middle == pytest.approx(middle - top, abs=0.2)
+    assert f'y1="{middle:.1f}" y2="{middle:.1f}"' in svg, "the chance line is at one half"
+
+
+# --- mounted
+
+
+@pytest.fixture(scope="module")
+def mounted() -> TestClient:
+    import ui
+
+    return TestClient(ui.mount(Fake().app(), "http://127.0.0.1:1"))
+
+
+def test_the_api_keeps_its_paths_under_the_pages(mounted: TestClient) -> None:
+    assert mounted.get("/v1/status").json()["live"] == "v000001"
+    assert "text/html" in mounted.get("/").headers["content-type"]
+    assert mounted.get("/operator").url.path == "/operator/"
+
+
+@pytest.mark.parametrize("path", ["/", "/operator/"])
+def test_a_page_names_no_other_host_to_load_from_and_forbids_it(mounted: TestClient, path: str) -> None:
+    page = mounted.get(path)
+    loads = re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["'](https?:[^"']+)""", page.text)
+    assert loads == []
+    assert "fonts.googleapis.com" not in page.text
+    policy = page.headers["content-security-policy"]
+    assert "connect-src 'self'" in policy and "img-src 'self' data:" in policy and "frame-ancestors 'none'" in policy
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/operator/gradio_api/upload", "/gradio_api/proxy=https://x.hf.space/a", "/gradio_api/file=/etc/passwd"])
+def test_gradios_doors_that_no_page_uses_are_shut(mounted: TestClient, path: str) -> None:
+    assert mounted.post(path, files={"files": b"x"}).status_code == 404
+    assert mounted.get(path).status_code == 404
