@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 from pydantic_core import PydanticUndefined
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from server.settings import Settings, SettingsError, explain, load_settings
@@ -75,6 +75,22 @@ def plain_errors() -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except HTTPError as error:
         fail(f"no answer from the server ({error or type(error).__name__}). Is `plaudit serve` running there?")
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function `(done, total)` that draws a bar on stderr from its first call on."""
+    with contextlib.ExitStack() as stack:
+        bar = Progress(console=Console(stderr=True))
+        tasks: list[TaskID] = []
+
+        def show(done: int, total: int) -> None:
+            if not tasks:
+                stack.enter_context(bar)
+                tasks.append(bar.add_task(what))
+            bar.update(tasks[0], completed=done, total=total)
+
+        yield show
 
 
 # ------------------------------------------------------------------------------------------------ serve
@@ -294,12 +310,11 @@ def simulate(
     from learner.simulate import SimulateError, prompts_from
     from learner.simulate import simulate as run
 
-    with plain_errors(), Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{taste}: votes", total=votes)
+    with plain_errors(), progress_bar(f"{taste}: votes") as progress:
         try:
             report = run(
-                url, prompts_from(prompts), taste, votes=votes, noise=noise, voters=voters, n=n, seed=seed, key=key,
-                progress=lambda done, *_: progress.update(task, completed=done),
+                url, prompts_from(prompts), taste,
+                votes=votes, noise=noise, voters=voters, n=n, seed=seed, key=key, progress=progress,
             )
         except SimulateError as error:
             fail(error)
@@ -374,9 +389,8 @@ def import_votes(
     from store import Store, import_preferences
 
     with plain_errors(), contextlib.closing(Store.open(load_settings(data_dir=data_dir).data_dir)) as store:
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task(file.name, total=None)
-            count = import_preferences(store, file, progress=lambda done, total: progress.update(task, completed=done, total=total))
+        with progress_bar(file.name) as progress:
+            count = import_preferences(store, file, progress=progress)
         out.print(f"{count} votes taken in")
 
 

@@ -1,0 +1,147 @@
+"""The command line: what a person types and the one line they get back when it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import plaudit
+from server.settings import Settings
+from store import AdapterRegistry, Store
+
+ROOT = Path(__file__).parents[1]
+ROW = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
+
+
+def run(*args: str):
+    """Run a command in this process."""
+    return CliRunner().invoke(plaudit.app, list(args), env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}, catch_exceptions=False)
+
+
+def plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def commands() -> list[list[str]]:
+    """Every command there is, found by walking the application."""
+    root = typer.main.get_command(plaudit.app)
+    found = []
+    for name, command in root.commands.items():
+        found.append([name])
+        found += [[name, sub] for sub in getattr(command, "commands", {})]
+    return found
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[0] not in ("learn", "starter")], ids=" ".join)
+def test_every_command_has_help_worth_reading(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0 and len(plain(result.output)) > 150
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in commands():
+        assert re.search(rf"\b{command[0]}\b", readme), f"the README does not mention `plaudit {command[0]}`"
+
+
+def test_serve_has_a_flag_for_every_setting() -> None:
+    text = plain(run("serve", "--help").output)
+    for name in Settings.model_fields:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_config_says_where_each_value_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plaudit.toml").write_text("port = 7001\nround_votes = 5\n")
+    monkeypatch.setenv("PLAUDIT_ROUND_VOTES", "6")
+    lines = plain(run("config", "--mix-share", "0.25").output).splitlines()
+    rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]] for line in lines if "│" in line}
+    assert rows["port"] == ["7001", "plaudit.toml"]
+    assert rows["round_votes"] == ["6", "PLAUDIT_ROUND_VOTES"]
+    assert rows["mix_share"] == ["0.25", "flag --mix-share"]
+    assert rows["host"] == ["127.0.0.1", "default"]
+
+
+@pytest.mark.parametrize("args, told", [
+    (["serve", "--port", "70000"], "port"),
+    (["config", "--promotion", "sometimes"], "promotion"),
+    (["serve", "--rate-chat", "often"], "rate"),
+    (["export", "--format", "xml"], "unknown format"),
+    (["export", "--data-dir", "/nonexistent/here"], "no database"),
+    (["import", "none.jsonl", "--data-dir", "{tmp}"], "no file"),
+    (["keys", "revoke", "x", "--data-dir", "{tmp}"], "no key"),
+    (["keys", "add", "ann", "--role", "king", "--data-dir", "{tmp}"], "role"),
+    (["adapters", "--url", "http://127.0.0.1:9"], "no answer"),
+    (["simulate", "--url", "http://127.0.0.1:9", "--taste", "nicer", "--prompts", "README.md"], "no taste"),
+])
+def test_what_cannot_be_done_is_one_line_and_status_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], told: str) -> None:
+    monkeypatch.chdir(ROOT)
+    result = run(*(arg.replace("{tmp}", str(tmp_path)) for arg in args))
+    assert result.exit_code == 2
+    assert told in result.stderr and result.stderr.startswith("plaudit: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = run("serve", "--port", port, "--data-dir", str(tmp_path / "data"))
+    assert result.exit_code == 2 and f"port {port} is taken" in result.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_serve_refuses_a_data_directory_in_use_a_missing_model_and_a_public_address_without_keys(tmp_path: Path, tiny_llama: Path) -> None:
+    def refused(*flags: str) -> str:
+        command = [sys.executable, str(ROOT / "plaudit.py"), "serve", "--port", "0", "--no-learner", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    with Store.open(tmp_path / "used"):
+        assert "in use by another Plaudit" in refused("--data-dir", str(tmp_path / "used"), "--model", str(tiny_llama))
+    assert "nowhere" in refused("--data-dir", str(tmp_path / "new"), "--model", str(tmp_path / "nowhere"))
+    assert "keys add" in refused("--data-dir", str(tmp_path / "new"), "--model", str(tiny_llama), "--host", "0.0.0.0")
+
+
+def test_votes_go_in_and_come_out(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(ROW) + "\n")
+    data = str(tmp_path / "data")
+    assert "1 votes taken in" in run("import", str(tmp_path / "in.jsonl"), "--data-dir", data).output
+    row = json.loads(run("export", "--data-dir", data).output)
+    assert row["chosen"] == [{"role": "assistant", "content": "Hello!"}]
+
+
+def test_keys_are_shown_once_listed_without_their_secret_and_revoked(tmp_path: Path) -> None:
+    data = ["--data-dir", str(tmp_path)]
+    key = run("keys", "add", "ann", "--role", "operator", *data).output.strip()
+    listed = run("keys", "list", *data).output
+    assert key.startswith("plaudit-") and "ann" in listed and key not in listed
+    assert key not in (tmp_path / "keys.json").read_text()
+    assert run("keys", "revoke", key.split("-")[1], *data).exit_code == 0
+    assert "ann" not in run("keys", "list", *data).output
+
+
+def test_doctor_finds_a_corrupt_adapter(tmp_path: Path) -> None:
+    Store.open(tmp_path).close()
+
+    def write(directory: Path) -> None:
+        (directory / "adapter_config.json").write_text("{}")
+        (directory / "adapter_model.safetensors").write_text("weights")
+
+    AdapterRegistry(tmp_path / "adapters").publish(write, {})
+    well = run("doctor", "--data-dir", str(tmp_path))
+    assert "v000001: digest" in plain(well.output) and "SQLite" in well.output
+    (tmp_path / "adapters" / "v000001" / "adapter_config.json").write_text("{ }")
+    ill = run("doctor", "--data-dir", str(tmp_path))
+    assert ill.exit_code == 1 and "adapter_config.json is not what was published" in plain(ill.output)
