@@ -10,7 +10,7 @@ import gzip
 import json
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def simulate(
     liking = known(taste)
     draw, began = random.Random(seed), time.monotonic()
     shown: Counter[str] = Counter()
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     ties = 0
     deck: list[str] = []
     with Client(url, key) as client:
