@@ -110,6 +110,7 @@ class Engine:
         self.stats.finished += sum(delta.finished for delta in deltas)
         return deltas
 
+    @torch.inference_mode()
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """End these sequences now; their rows are free for the next step. Harmless for finished ones."""
         alive = [s for s in sequences if not s.finished]

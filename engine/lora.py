@@ -127,7 +127,7 @@ class Mixture:
         for a, _, ranks in self.stacks.values():
             if ranks not in self.masks:
                 owner = torch.arange(self.count).repeat_interleave(torch.tensor(ranks))  # (R,)
-                mask = (torch.tensor(rows)[:, None] == owner)[:, None].to(a)  # (rows, 1, R)
+                mask = (torch.tensor(rows)[:, None] != owner)[:, None].to(a.device)  # (rows, 1, R), True = not its own
                 self.masks[ranks] = None if one_for_all else mask
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Mixture:
         a, b, ranks = stack
         h = F.linear(x, a)  # (rows, T, R)
         if (mask := self.masks[ranks]) is not None:
-            h = h * mask
+            h = h.masked_fill(mask, 0)  # not a product: an overflow of one version must not reach another's rows
         return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), b).view(y.shape)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from engine.source import ModelError, eos_ids, read_json, resolve
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+WINDOW = 16  # tokens
 
 
 class ChatTokenizer:
@@ -18,9 +19,13 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any, eos_ids: tuple[int, ...]) -> None:
         self.hf = tokenizer
+        self.fast = getattr(tokenizer, "backend_tokenizer", None)
         self.eos_ids = eos_ids
         self.pad_id: int = next(i for i in (tokenizer.pad_token_id, *eos_ids, 0) if i is not None)
-        self.special_ids = frozenset(tokenizer.all_special_ids) | set(eos_ids)
+        added = {
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }  # role marks and the like
+        self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(eos_ids) | added
 
     @classmethod
     def load(cls, source: str | Path) -> ChatTokenizer:
@@ -68,47 +73,48 @@ class ChatTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out, spaces exactly as the tokens have them."""
-        return self.hf.decode(
-            [i for i in ids if i not in self.special_ids],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        ids = [i for i in ids if i not in self.special_ids]
+        if (
+            self.fast is not None
+        ):  # the same as below without its layers of argument handling; it runs at every token
+            return self.fast.decode(ids)
+        return self.hf.decode(ids, clean_up_tokenization_spaces=False)
 
 
 class IncrementalText:
     """Decodes a growing sequence token by token, holding back what may still become another character.
 
-    What `push` and `flush` return, joined, is `decode` of all the ids. Decoding runs over a short window of recent
-    tokens, so the cost of a push does not grow with the reply (the two-offset scheme of vLLM's detokenizer).
+    What `push` and `flush` return, joined, is `decode` of all the ids (bytes that are no UTF-8 may become another number
+    of U+FFFD with decoders that judge whole runs of bytes, such as Llama 2's). Only a window of recent tokens is decoded, so a
+    push costs the same late in a reply as early.
     """
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.start = 0  # the window that gives the context begins here
-        self.shown = 0  # tokens whose text has been given out
+        self.start = 0  # the window is ids[start:]
+        self.given = 0  # characters of the window's text that were given out
+        self.whole = 0  # a length of ids, before the last, whose text ends in a whole character
 
     def push(self, token_id: int) -> str:
         """The text that is now certain, "" while a character is incomplete."""
         if token_id in self.tokenizer.special_ids:
             return ""
         self.ids.append(token_id)
-        before, now = self._window()
-        if (
-            now.endswith(REPLACEMENT) and len(self.ids) - self.shown < 8
-        ):  # UTF-8 has at most 4 bytes; 8 is not one
-            return ""
-        return self._give(before, now)
+        text = self.tokenizer.decode(self.ids[self.start :])
+        certain = text.rstrip(REPLACEMENT)  # trailing bytes that are not yet a character
+        new, self.given = certain[self.given :], max(self.given, len(certain))
+        if certain == text:
+            if (
+                len(self.ids) - self.start > WINDOW
+            ):  # move on, keeping tokens before it: some decoders trim the first
+                self.start = self.whole
+                self.given = len(self.tokenizer.decode(self.ids[self.start :]))
+            self.whole = len(self.ids)
+        return new
 
     def flush(self) -> str:
         """What was held back, at the end of the reply (an incomplete character shows as U+FFFD)."""
-        return self._give(*self._window())
-
-    def _window(self) -> tuple[str, str]:
-        decode = self.tokenizer.decode
-        return decode(self.ids[self.start : self.shown]), decode(self.ids[self.start :])
-
-    def _give(self, before: str, now: str) -> str:
-        if len(self.ids) > self.shown:
-            self.start, self.shown = self.shown, len(self.ids)
-        return now[len(before) :]
+        text = self.tokenizer.decode(self.ids[self.start :])
+        new, self.given = text[self.given :], len(text)
+        return new
