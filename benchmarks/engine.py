@@ -77,6 +77,10 @@ class Peer:
         )  # fmt: skip
         assert out.shape == (len(prompts) * replies, longest + new)
 
+    def one_at_a_time(self, prompts: list[list[int]], new: int) -> None:
+        for prompt in prompts:
+            self([prompt], new)
+
 
 class Ours:
     """The engine, as the server drives it: add, then step until done."""
@@ -137,7 +141,7 @@ def measure(name: str, directory: Path, description: str, repeats: int, new: int
             f"{REQUESTS} requests at once", REQUESTS * new,
             {
                 "engine": lambda: ours(many, new),
-                "generate, one at a time": lambda: [peer([p], new) for p in many] and None,
+                "generate, one at a time": lambda: peer.one_at_a_time(many, new),
                 "generate, padded batch": lambda: peer(many, new),
             },
         ),
@@ -174,7 +178,7 @@ def main() -> None:
                 (
                     "S",
                     random_model(Path(scratch) / "S", SHAPES["S"]),
-                    "a random Llama of 5.1M parameters (no starter here)",
+                    "a random Llama of 5.5M parameters (no starter here)",
                 )
             ]
         if not args.quick:

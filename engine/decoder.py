@@ -45,14 +45,14 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, take, bank) for i in range(config.num_hidden_layers))
         self.norm = take("model.norm.weight")  # (D,)
         head = take.optional("lm_head.weight")
-        tied = config.tie_word_embeddings or head is None
         if head is None and not config.tie_word_embeddings:
             raise ModelError(
                 "the weights lack lm_head.weight: this is not a causal language model's checkpoint"
             )
-        self.head = self.embed if tied else head  # (V, D)
+        self.head = self.embed if head is None or config.tie_word_embeddings else head  # (V, D)
         self.packed_head: Tensor | None = None
         take.finish()
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", rope_frequencies(config).to(self.embed.device), persistent=False)
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
@@ -167,7 +167,7 @@ class Taker:
 
     def linear(self, bank: LoraBank, paths: list[str]) -> LoraLinear:
         """The named projections of one input, side by side (biases too, where there are any)."""
-        each = [self(f"{path}.weight") for path in paths]
+        each = [self(f"{path}.weight").data for path in paths]
         biases = [self.optional(f"{path}.bias") for path in paths]
         if any(b is not None for b in biases):
             filled = [w.new_zeros(len(w)) if b is None else b for w, b in zip(each, biases, strict=True)]
@@ -175,7 +175,7 @@ class Taker:
         else:
             bias = None
         parts = [Part(path, len(w)) for path, w in zip(paths, each, strict=True)]
-        return LoraLinear(bank, parts, torch.cat(each) if len(each) > 1 else each[0].data, bias)
+        return LoraLinear(bank, parts, torch.cat(each) if len(each) > 1 else each[0], bias)
 
     def finish(self) -> None:
         left = [name for name in self.weights if not name.endswith("inv_freq")]

@@ -51,21 +51,21 @@ class General(nn.Module):
         weight_files(directory)  # a clear line when there are no safetensors
         name = (getattr(config, "architectures", None) or [config.model_type])[0]
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:
             raise ModelError(f"{name} cannot be loaded as a causal language model: {error}") from error
         model = model.to(device).eval().requires_grad_(False)
-        self.core: nn.Module = model.base_model
-        self.head: nn.Module | None = model.get_output_embeddings()
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or model.base_model is model:
+            raise ModelError(f"{name} has no language-model head: choose a causal language model")
+        self.core, self.head = model.base_model, head
         self.packed_head: Tensor | None = None
         text = config.get_text_config()
         self.softcap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma 2
         self.logit_scale: float = getattr(text, "logit_scale", None) or 1.0  # Cohere
         self.logit_divisor: float = getattr(text, "logits_scaling", None) or 1.0  # Granite
-        if not isinstance(self.head, nn.Linear) or self.core is model:
-            raise ModelError(f"{name} has no language-model head: choose a causal language model")
         self.takes_positions = "position_ids" in inspect.signature(self.core.forward).parameters
         try:
             self.kv_shape = self._prove(model)
@@ -102,34 +102,31 @@ class General(nn.Module):
         self.packed_head = packed.pack(self.head.weight)
 
     @torch.no_grad()
-    def _prove(self, model: nn.Module) -> tuple[int, int, int]:
+    def _prove(self, model: Any) -> tuple[int, int, int]:
         """Compare our way of calling the module with its own on a few tokens; returns the shape of its cache."""
         vocab = model.config.get_text_config().vocab_size
         ids = (torch.arange(1, 9, device=model.device) * 97 % vocab)[None]
         output = model(input_ids=ids, use_cache=True, return_dict=True)
         if not isinstance(output.past_key_values, DynamicCache):
             raise ModelError("it keeps no ordinary key-value cache (a recurrent or encoder-decoder model)")
-        shapes = {
-            tuple(t.shape[i] for i in (1, 3))
-            for layer in output.past_key_values.layers
-            for t in (layer.keys, layer.values)
-        }
+        layers: list[Any] = output.past_key_values.layers
+        shapes = {(t.shape[1], t.shape[3]) for layer in layers for t in (layer.keys, layer.values)}
         if len(shapes) != 1:
             raise ModelError("its layers do not all keep keys and values of one shape")
-        kv_shape = (len(output.past_key_values.layers), *shapes.pop())
-        cache = KVCache(*kv_shape, 1, 8, model.dtype, model.device)
-        rows = [Prompt(cache, 0, 0, 6), Rows(cache, [6]), Rows(cache, [7])]
-        hidden = [self(ids[:, p.positions[0]], p.positions, p.mask, p) for p in rows]
+        ((kv_heads, head_dim),) = shapes
+        kv_shape = (len(layers), kv_heads, head_dim)
+        cache = KVCache(*kv_shape, max_rows=1, max_length=8, dtype=model.dtype, device=model.device)
+        spans: list[Prompt | Rows] = [Prompt(cache, 0, 0, 6), Rows(cache, [6]), Rows(cache, [7])]
+        hidden = [self(ids[:, p.positions[0]], p.positions, p.mask, p) for p in spans]
         positions = torch.arange(8, device=model.device)[None]
         tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
         for ours in (torch.cat(hidden, 1), self(ids, positions, None)):
-            if not torch.allclose(
-                self.logits(ours).float(), output.logits.float(), rtol=tolerance, atol=tolerance
-            ):
+            got = self.logits(ours).float()
+            if not torch.allclose(got, output.logits.float(), rtol=tolerance, atol=tolerance):
                 raise ModelError("its logits are not its output layer applied to its hidden states")
         return kv_shape
 
-    def _adopt_linears(self, model: nn.Module, bank: LoraBank) -> None:
+    def _adopt_linears(self, model: Any, bank: LoraBank) -> None:
         """Replace the linear layers by ones that take adapters, under their own names."""
         found = [
             (path, m)

@@ -57,14 +57,23 @@ class Adapter:
     def fused(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
         """(A (R, in), B (out, R)) over all parts of `linear`, scaling in B; None when it touches none of them."""
         pairs = [self.pairs.get(part.path) for part in linear.parts]
-        if not any(pairs):
+        found = [pair for pair in pairs if pair is not None]
+        if not found:
             return None
-        kind = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        a = torch.cat([pair[0] for pair in pairs if pair]) if len(pairs) > 1 else pairs[0][0]
-        empty = [torch.zeros(part.size, 0, **kind) for part in linear.parts]
-        blocks = [pair[1] if pair else none for pair, none in zip(pairs, empty, strict=True)]
-        b = torch.block_diag(*blocks) if len(pairs) > 1 else blocks[0]
-        return a.to(**kind), (b * self.scaling).to(**kind)
+        weight = linear.weight
+        a: Tensor
+        b: Tensor
+        if len(pairs) == 1:
+            a, b = found[0]
+        else:
+            a = torch.cat([a for a, _ in found])
+            b = torch.block_diag(
+                *(
+                    pair[1] if pair else weight.new_zeros(part.size, 0)
+                    for pair, part in zip(pairs, linear.parts, strict=True)
+                )
+            )
+        return a.to(weight), (b * self.scaling).to(weight)
 
 
 class LoraLinear(nn.Module):
@@ -127,7 +136,9 @@ class Mixture:
         for a, _, ranks in self.stacks.values():
             if ranks not in self.masks:
                 owner = torch.arange(self.count).repeat_interleave(torch.tensor(ranks))  # (R,)
-                mask = (torch.tensor(rows)[:, None] != owner)[:, None].to(a.device)  # (rows, 1, R), True = not its own
+                mask = (torch.tensor(rows)[:, None] != owner)[:, None].to(
+                    a.device
+                )  # (rows, 1, R), True = not its own
                 self.masks[ranks] = None if one_for_all else mask
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +148,9 @@ class Mixture:
         a, b, ranks = stack
         h = F.linear(x, a)  # (rows, T, R)
         if (mask := self.masks[ranks]) is not None:
-            h = h.masked_fill(mask, 0)  # not a product: an overflow of one version must not reach another's rows
+            h = h.masked_fill(
+                mask, 0
+            )  # not a product: an overflow of one version must not reach another's rows
         return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), b).view(y.shape)
 
 
@@ -216,7 +229,7 @@ class LoraBank:
                 shapes = [(r, linear.weight.shape[1]), (part.size, r)]
                 for key, shape in zip(keys, shapes, strict=True):
                     self._check(path, key, tensors.get(key), shape)
-                pairs[part.path] = self._pair(*(tensors.pop(key) for key in keys), trainable)
+                pairs[part.path] = self._pair(tensors.pop(keys[0]), tensors.pop(keys[1]), trainable)
         if tensors:
             raise AdapterError(
                 f"{path / WEIGHTS} has {len(tensors)} tensors that fit no layer of this model, the first is "
@@ -286,7 +299,8 @@ class LoraBank:
 
     def _pair(self, a: Tensor, b: Tensor, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
         device = self.linears[0].weight.device
-        return tuple(nn.Parameter(t.to(device, torch.float32), requires_grad=trainable) for t in (a, b))
+        a, b = a.to(device, torch.float32), b.to(device, torch.float32)
+        return nn.Parameter(a, requires_grad=trainable), nn.Parameter(b, requires_grad=trainable)
 
     def _layer_names(self) -> str:
         return ", ".join(

@@ -87,7 +87,8 @@ class CausalModel(nn.Module):
 
     def new_cache(self, max_rows: int, max_length: int) -> KVCache:
         """An empty key-value cache of this model's shape."""
-        return KVCache(*self.net.kv_shape, max_rows, max_length, self.dtype, self.device)
+        layers, kv_heads, head_dim = self.net.kv_shape
+        return KVCache(layers, kv_heads, head_dim, max_rows, max_length, self.dtype, self.device)
 
     def forward(
         self, ids: Tensor, *, positions: Tensor | None = None, valid: Tensor | None = None, attend: Tensor | None = None,
