@@ -40,6 +40,7 @@ from store.records import (
 
 KINDS = ("favourite", "ranking", "tie", "none")
 EXPORT_ROWS = 200  # votes read at a time by `export`
+READ_ROWS = 200  # votes read in one transaction: without a write-ahead log the writer's commit waits for a reader
 
 
 def new_id(kind: str) -> str:
@@ -120,13 +121,13 @@ class Store:
     def _insert_comparison(self, db: Database, new: NewComparison, now: float) -> None:
         owner = db.execute("select voter from conversations where id = ?", [new.conversation_id]).fetchone()
         if owner is None:
-            db["conversations"].insert({"id": new.conversation_id, "voter": new.voter, "created": now, "updated": now})
+            db.table("conversations").insert({"id": new.conversation_id, "voter": new.voter, "created": now, "updated": now})
         elif owner[0] != new.voter:
             raise NotFound("there is no such conversation of yours")
         else:
             db.execute("update conversations set updated = ? where id = ?", [now, new.conversation_id])
         leaf = self._path(db, new.conversation_id, new.messages, now)
-        db["comparisons"].insert({
+        db.table("comparisons").insert({
             "id": new.id, "conversation_id": new.conversation_id, "voter": new.voter, "message_id": leaf,
             "settings": json.dumps(new.settings), "created": now,
         })
@@ -148,11 +149,11 @@ class Store:
             if found is None:
                 sampled = db.execute(
                     "select c.comparison_id, c.slot from completions c join comparisons p on p.id = c.comparison_id "
-                    "where p.message_id is ? and c.text = ? order by p.created, c.slot",
-                    [parent, message["content"]],
+                    "where p.conversation_id = ? and p.message_id is ? and c.text = ? order by p.created, c.slot",
+                    [conversation_id, parent, message["content"]],
                 ).fetchone() if message["role"] == "assistant" else None
                 made = new_id("msg")
-                db["messages"].insert({
+                db.table("messages").insert({
                     "id": made, "conversation_id": conversation_id, "parent_id": parent, "role": message["role"],
                     "content": message["content"], "comparison_id": sampled and sampled[0],
                     "completion_index": sampled and sampled[1], "created": now,
@@ -216,7 +217,8 @@ class Store:
                     "select id, parent_id, role, content, comparison_id, completion_index, created from messages "
                     "where conversation_id = ? order by rowid", [conversation_id])
             )
-            return Conversation(*row, nodes, tuple(self._comparisons(db, "conversation_id = ?", [conversation_id])))
+            comparisons = tuple(self._comparisons(db, "conversation_id = ?", [conversation_id]))
+            return Conversation(row[0], row[1], row[2], nodes, comparisons)
 
     def erase_conversation(self, conversation_id: str) -> dict[str, Any]:
         """Remove a conversation's words, replies and votes for good, overwriting them on disk.
@@ -275,7 +277,7 @@ class Store:
         db.execute("insert or replace into standing_votes values (?, ?, ?)", [comparison_id, voter, seq])
         db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
         if edit:
-            db["demonstrations"].insert({"seq": seq, "comparison_id": comparison_id, "voter": voter, "reply": edit, "created": now})
+            db.table("demonstrations").insert({"seq": seq, "comparison_id": comparison_id, "voter": voter, "reply": edit, "created": now})
         frozen = tuple(tuple(group) for group in groups)
         return Vote(vote_id, seq, comparison_id, voter, kind, frozen, edit, comment, now), stood is None
 
@@ -286,7 +288,7 @@ class Store:
             if not found:
                 return False
             db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
-            db["votes"].insert({
+            db.table("votes").insert({
                 "id": new_id("vote"), "comparison_id": comparison_id, "voter": voter, "kind": "withdrawn", "groups": "[]",
                 "edit": None, "comment": None, "created": time.time(),
             })
@@ -298,14 +300,27 @@ class Store:
             return [vote_from_row(row) for row in db.execute(f"select {VOTE} from votes v where v.comparison_id = ? order by v.seq", [comparison_id])]
 
     def voted_comparisons(self, *, since_seq: int = 0, limit: int | None = None) -> list[VotedComparison]:
-        """Standing votes after `since_seq`, oldest first, with what they judge."""
+        """Standing votes after `since_seq`, oldest first, with what they judge; the first `limit` of them.
+
+        Read in transactions of READ_ROWS, so that however many there are, nobody's vote waits long for a reader. Votes
+        cast meanwhile are left out, which also keeps a vote that is replaced meanwhile from being there twice.
+        """
         with self._read() as db:
-            last = db.execute("select seq from standing_votes where seq > ? order by seq limit 1 offset ?", [since_seq, (limit or 1) - 1]).fetchone() if limit else None
-            until = last[0] if last else 2**62
-            where = "id in (select comparison_id from standing_votes where seq > ? and seq <= ?)"
-            found = self._comparisons(db, where, [since_seq, until])
-        voted = [VotedComparison(comparison, vote) for comparison in found for vote in comparison.votes if since_seq < vote.seq <= until]
-        return sorted(voted, key=lambda item: item.vote.seq)
+            newest = db.execute("select coalesce(max(seq), 0) from standing_votes").fetchone()[0]
+        voted: list[VotedComparison] = []
+        while limit is None or len(voted) < limit:
+            rows = READ_ROWS if limit is None else min(READ_ROWS, limit - len(voted))
+            with self._read() as db:
+                seqs = [row[0] for row in db.execute(
+                    "select seq from standing_votes where seq > ? and seq <= ? order by seq limit ?", [since_seq, newest, rows])]
+                if not seqs:
+                    break
+                where = "id in (select comparison_id from standing_votes where seq between ? and ?)"
+                found = self._comparisons(db, where, [seqs[0], seqs[-1]])
+            batch = [VotedComparison(comparison, vote) for comparison in found for vote in comparison.votes if seqs[0] <= vote.seq <= seqs[-1]]
+            voted += sorted(batch, key=lambda item: item.vote.seq)
+            since_seq = seqs[-1]
+        return voted
 
     def standing_votes(self, *, since_seq: int = 0) -> int:
         """How many votes stand whose seq is after `since_seq`."""
@@ -333,7 +348,7 @@ class Store:
         """How many of everything there are."""
         tables = ("conversations", "comparisons", "completions", "demonstrations", "adapters", "rounds")
         with self._read() as db:
-            return {"votes": self.standing_votes()} | {name: db[name].count for name in tables}
+            return {"votes": self.standing_votes()} | {name: db.table(name).count for name in tables}
 
     # --- adapters, rounds, deployment, control
 
@@ -371,7 +386,7 @@ class Store:
         with self._write() as db:
             was = self.deployment()
             since = was.since if was.live == live and was.since else now
-            db["deployments"].insert({"live": live, "previous": previous, "candidate": candidate, "since": since, "actor": actor, "action": action})
+            db.table("deployments").insert({"live": live, "previous": previous, "candidate": candidate, "since": since, "actor": actor, "action": action})
             gone = [v for v in (was.live, was.candidate) if v not in (None, live, candidate)]
             for version, status in [*((v, "retired") for v in gone), (candidate, "candidate"), (live, "live")]:
                 db.execute("update adapters set status = ? where version = ? and status != 'rejected'", [status, version])
@@ -443,7 +458,9 @@ VOTE = "v.id, v.seq, v.comparison_id, v.voter, v.kind, v.groups, v.edit, v.comme
 
 def vote_from_row(row: Sequence[Any]) -> Vote:
     """A `Vote` from the columns of `VOTE`."""
-    return Vote(*row[:5], tuple(tuple(group) for group in json.loads(row[5])), *row[6:])
+    vote_id, seq, comparison_id, voter, kind, groups, edit, comment, created = row
+    frozen = tuple(tuple(group) for group in json.loads(groups))
+    return Vote(vote_id, seq, comparison_id, voter, kind, frozen, edit, comment, created)
 
 
 def chain(previous: str, entry: Sequence[Any]) -> str:

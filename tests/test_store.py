@@ -154,6 +154,45 @@ def test_export_goes_on_over_many_batches(store: Store, monkeypatch: pytest.Monk
     assert [row["prompt"][0]["content"] for row in store.export("ranking")] == [str(i) for i in range(10)]
 
 
+def test_votes_are_read_whole_and_in_order_over_many_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.store.READ_ROWS", 3)
+    shared = ask(store, "both judge this")
+    cast = [store.record_vote(shared.id, "ann", groups=[[0]], kind="favourite")[0]]
+    cast += [store.record_vote(ask(store, str(i)).id, "ann", groups=[[1], [0]], kind="favourite")[0] for i in range(9)]
+    cast.append(store.record_vote(shared.id, "bob", groups=[[1]], kind="favourite")[0])
+    store.withdraw_vote(cast.pop(4).comparison_id, "ann")
+    assert [item.vote for item in store.voted_comparisons()] == cast
+    assert [item.vote for item in store.voted_comparisons(limit=4)] == cast[:4]
+    assert [item.vote for item in store.voted_comparisons(since_seq=cast[1].seq, limit=5)] == cast[2:7]
+    assert store.voted_comparisons(since_seq=cast[-1].seq) == []
+
+
+def test_a_vote_replaced_while_votes_are_read_is_not_there_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.store.READ_ROWS", 2)
+    asked = [ask(store, str(i)).id for i in range(6)]
+    for name in asked:
+        store.record_vote(name, "ann", groups=[[0]], kind="favourite")
+    with Store.open(store.data_dir, read_only=True) as reader:
+        read, batches = reader._comparisons, []
+
+        def read_and_be_overtaken(*args):
+            found = read(*args)
+            batches.append(len(found))
+            return found
+
+        def begin_late():
+            if len(batches) == 1:  # between the first transaction and the second
+                store.record_vote(asked[0], "ann", groups=[[1]], kind="favourite")
+                store.record_vote(asked[5], "ann", groups=[[1]], kind="favourite")
+            return open_read()
+
+        open_read = reader._read
+        monkeypatch.setattr(reader, "_comparisons", read_and_be_overtaken)
+        monkeypatch.setattr(reader, "_read", begin_late)
+        got = [item.vote.comparison_id for item in reader.voted_comparisons()]
+    assert got == asked[:5] and len(batches) == 3
+
+
 def test_deployments_move_statuses_with_them(store: Store) -> None:
     for n in (1, 2, 3):
         store.take_in_adapter({"version": f"v00000{n}"}, "candidate")
