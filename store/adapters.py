@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from store.database import fsync_dir
+from store.database import fsync_dir, plain_errors
 from store.errors import CorruptAdapter
 from store.files import fsync_file, read_json, write_json
 
@@ -55,7 +55,12 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Manifest:
-        """Unknown fields go to `extra`. Raises TypeError, KeyError when the needed ones are missing."""
+        """Unknown fields go to `extra`. Raises TypeError when the needed ones are missing or not what they should be."""
+        files = fields.get("files")
+        if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in (*files, *files.values())):
+            raise TypeError("files is not an object of names and digests")
+        if not isinstance(fields.get("version"), str) or not isinstance(fields.get("extra", {}), Mapping):
+            raise TypeError("version is not a string, or extra not an object")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {**(fields.get("extra") or {}), **{k: v for k, v in fields.items() if k not in known and k != "extra"}}
         return cls(**{k: v for k, v in fields.items() if k in known}, extra=extra)
@@ -82,36 +87,44 @@ class AdapterRegistry:
         """Call `write(directory)` to put the adapter's files there, then make them the next version, all or nothing.
 
         `fields`: manifest fields (version, files and sha256 are filled in here). A publisher killed half-way leaves
-        no version; what it left is cleaned up by the next. Raises CorruptAdapter when the files are not an adapter's.
+        no version; what it left is cleaned up by the next. Raises DiskFull, and CorruptAdapter when the files are not
+        an adapter's.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / ".lock"):
-            for left in self.root.glob(f"{STAGING}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            taken = self.versions()
-            version = f"v{int(taken[-1][1:]) + 1 if taken else 1:06d}"
-            staging = Path(tempfile.mkdtemp(dir=self.root, prefix=STAGING))
-            try:
-                write(staging)
-                missing = [name for name in CONTENT if not (staging / name).is_file()]
-                if missing:
-                    raise CorruptAdapter(f"not an adapter: {missing[0]} was not written")
-                (staging / "README.md").write_text(model_card(version, fields), encoding="utf-8")
-                names = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file())
-                digests = {name: sha256_file(staging / name) for name in names}
-                for name in names:
-                    fsync_file(staging / name)
-                manifest = Manifest.from_dict({
-                    "created": time.time(), **fields, "version": version, "files": digests, "sha256": content_address(digests),
-                })
-                write_json(staging / MANIFEST, manifest.to_dict())
-                staging.chmod(0o755)
-                os.rename(staging, self.root / version)
-                fsync_dir(self.root)
-                return manifest
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
+        with plain_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / ".lock"):
+                return self._publish(write, fields)
+
+    def _publish(self, write: Callable[[Path], None], fields: Mapping[str, Any]) -> Manifest:
+        """`publish`, while no other publisher is at it."""
+        for left in self.root.glob(f"{STAGING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        taken = self.versions()
+        version = f"v{int(taken[-1][1:]) + 1 if taken else 1:06d}"
+        staging = Path(tempfile.mkdtemp(dir=self.root, prefix=STAGING))
+        try:
+            write(staging)
+            missing = [name for name in CONTENT if not (staging / name).is_file()]
+            if missing:
+                raise CorruptAdapter(f"not an adapter: {missing[0]} was not written")
+            for link in filter(Path.is_symlink, staging.rglob("*")):
+                raise CorruptAdapter(f"not an adapter: {link.name} is a link")
+            (staging / "README.md").write_text(model_card(version, fields), encoding="utf-8")
+            names = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file())
+            digests = {name: sha256_file(staging / name) for name in names}
+            for name in names:
+                fsync_file(staging / name)
+            manifest = Manifest.from_dict({
+                "created": time.time(), **fields, "version": version, "files": digests, "sha256": content_address(digests),
+            })
+            write_json(staging / MANIFEST, manifest.to_dict())
+            staging.chmod(0o755)
+            os.rename(staging, self.root / version)
+            fsync_dir(self.root)
+            return manifest
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
     def versions(self) -> list[str]:
         """Published versions, oldest first."""
@@ -143,6 +156,8 @@ class AdapterRegistry:
     def verify(self, version: str) -> Manifest:
         """Check every file against the manifest. Raises CorruptAdapter naming the file."""
         manifest, directory = self.manifest(version), self.path(version)
+        if directory.is_symlink():
+            raise CorruptAdapter(f"{version}: its directory is a link. {REMEDY}")
         there = set()
         for path in directory.rglob("*"):
             name = str(path.relative_to(directory))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from store.database import fsync_dir
+from store.database import fsync_dir, plain_errors
 
 
 def fsync_file(path: Path) -> None:
@@ -19,12 +19,18 @@ def fsync_file(path: Path) -> None:
 
 
 def write_json(path: Path, fields: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Replace `path` in one step. Raises ValueError for NaN and infinity, which are not JSON."""
+    """Replace `path` in one step. Raises DiskFull, and ValueError for NaN and infinity, which are not JSON."""
     text = json.dumps(dict(fields), indent=1, allow_nan=False, ensure_ascii=False)
+    with plain_errors(path.parent):
+        replace(path, text + "\n", durable)
+
+
+def replace(path: Path, text: str, durable: bool) -> None:
+    """Write beside `path`, then rename."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

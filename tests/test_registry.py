@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from store import AdapterRegistry, BadImport, CorruptAdapter, RoundFiles, Store, import_preferences
+from store import AdapterRegistry, BadImport, CorruptAdapter, DiskFull, RoundFiles, Store, import_preferences
 from store.adapters import Manifest
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +53,10 @@ def test_the_same_content_has_the_same_address_and_a_new_version(tmp_path: Path)
     (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
     (lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    (lambda d: (d / "manifest.json").write_text('{"version": 1, "sha256": "", "files": {}}'), "manifest.json cannot be read"),
+    (lambda d: (d / "manifest.json").write_text('{"version": "v000001", "sha256": "", "files": [1]}'), "manifest.json cannot be read"),
+    (lambda d: (d / "manifest.json").write_text(json.dumps({"version": "v000001", "sha256": "", "files": {"../.lock": ""}})), "../.lock is missing"),
+    (lambda d: (d.rename(d.parent / "elsewhere"), d.symlink_to(d.parent / "elsewhere")), "its directory is a link"),
     (lambda d: (d / "link").symlink_to("/etc/passwd"), "link is a link"),
     (lambda d: d.rename(d.parent / "v000002"), "of v000001"),
 ])
@@ -86,6 +90,26 @@ def test_a_failed_publish_leaves_nothing(tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path)
     with pytest.raises(CorruptAdapter, match="was not written"):
         registry.publish(lambda directory: None, {})
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == []
+
+
+def test_links_are_not_published(tmp_path: Path) -> None:
+    def write(directory: Path) -> None:
+        adapter()(directory)
+        (directory / "notes").symlink_to("/etc/hostname")
+
+    with pytest.raises(CorruptAdapter, match="notes is a link"):
+        AdapterRegistry(tmp_path).publish(write, {})
+    assert AdapterRegistry(tmp_path).versions() == []
+
+
+def test_a_full_disk_leaves_no_version_and_says_so(tmp_path: Path) -> None:
+    def write(directory: Path) -> None:
+        with open("/dev/full", "w") as file:  # every write there: no space left on device
+            file.write("x" * 100_000)
+
+    with pytest.raises(DiskFull, match="nothing was written"):
+        AdapterRegistry(tmp_path).publish(write, {})
     assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == []
 
 
