@@ -33,11 +33,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--model", help="serve this one; default the bundled starter model")
     args = parser.parse_args()
     if not args.prompts.exists():
         raise SystemExit(f"the real prompts are not here: {args.prompts} is absent")
     prompts = prompts_from(args.prompts)[: args.rows]
-    with serving("--no-learner") as server:
+    with serving("--no-learner", *(["--model", args.model] if args.model else [])) as server:
         report = replay(server.url, prompts, args.clients, args.n, args.max_tokens)
         report["ready_s"] = round(server.ready_s, 2)
     print(json.dumps(report))
@@ -69,6 +70,7 @@ def replay(url: str, prompts: list[str], clients: int, n: int, max_tokens: int) 
                     except httpx.TransportError as error:
                         with lock:
                             outcomes[f"failed: {type(error).__name__}"] += 1
+                            progress.advance(task)
                         continue
                     took = time.monotonic() - began
                     with lock:
@@ -92,11 +94,13 @@ def replay(url: str, prompts: list[str], clients: int, n: int, max_tokens: int) 
         for thread in threads:
             thread.join()
         seconds = time.monotonic() - began
-    quantiles = statistics.quantiles(latencies, n=20)
+    if not latencies:
+        raise SystemExit(f"nothing was answered: {dict(outcomes)}")
+    p95 = statistics.quantiles(latencies * 2 if len(latencies) == 1 else latencies, n=20, method="inclusive")[18]
     return {
         "benchmark": "replay", "prompts": len(prompts), "n": n, "clients": clients, "max_tokens": max_tokens, "outcomes": dict(outcomes),
         "finish_reasons": dict(finishes), "seconds": round(seconds, 1), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1),
-        "prompt_tokens": prompt_tokens, "latency_p50_s": round(statistics.median(latencies), 2), "latency_p95_s": round(quantiles[18], 2),
+        "prompt_tokens": prompt_tokens, "latency_p50_s": round(statistics.median(latencies), 2), "latency_p95_s": round(p95, 2),
     }
 
 

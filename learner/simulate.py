@@ -71,6 +71,7 @@ class Client:
     def __init__(self, url: str, key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=300)
+        self.answered = False  # a server that has answered before is waited for; one that never has may not be there
 
     def __enter__(self) -> Self:
         return self
@@ -79,15 +80,17 @@ class Client:
         self.http.close()
 
     def call(self, method: str, path: str, body: Any = None, voter: str | None = None) -> Any:
-        """One JSON call."""
+        """One JSON call. A vote repeated after a lost answer replaces itself; a chat is sampled again."""
         headers = {"Plaudit-Voter": voter} if voter else {}
         answer: httpx.Response | None = None
         try:
-            for attempt in stamina.retry_context(on=(Busy, httpx.TransportError), attempts=RETRIES, timeout=120, wait_initial=0.2, wait_max=5):
+            for attempt in stamina.retry_context(on=self.worth_another_try, attempts=RETRIES, timeout=120, wait_initial=0.2, wait_max=5):
                 with attempt:
                     answer = self.http.request(method, path, json=body, headers=headers)
+                    self.answered = True
                     if answer.status_code in (429, 503):
-                        time.sleep(min(float(answer.headers.get("Retry-After", 0)), 10))
+                        asked = answer.headers.get("Retry-After", "")
+                        time.sleep(min(int(asked), 10) if asked.isdigit() else 0)
                         raise Busy
         except Busy:
             raise SimulateError("the server stayed busy") from None
@@ -101,6 +104,10 @@ class Client:
         except (ValueError, KeyError, TypeError):
             message = "no reason given"
         raise SimulateError(f"{method} {path}: {answer.status_code} {message}")
+
+    def worth_another_try(self, error: Exception) -> bool:
+        """Whether to wait and call again after `error`."""
+        return isinstance(error, Busy) or (self.answered and isinstance(error, httpx.TransportError))
 
     def sample(self, prompt: str, n: int, seed: int, *, model: str = "plaudit", voter: str | None = None, max_tokens: int | None = None) -> Any:
         """One comparison: the chat completion as the server answers it."""
@@ -149,8 +156,8 @@ def simulate(
 class Standing:
     """How well a version knows a taste, on prompts nobody voted on."""
 
-    win_rate: float  # against base, ties half
-    best_of: float  # what the taste's best of 8 base replies gets against base: the most that reranking could reach
+    win_rate: float  # against base (or `against`), ties half
+    best_of: float  # what the taste's best of 8 base replies gets against the same: the most that reranking could reach
     ours: list[str]
     theirs: list[str]
 
@@ -160,19 +167,24 @@ class Standing:
         return self.win_rate / self.best_of
 
 
-def standing(client: Client, taste: str, prompts: Sequence[str], *, version: str = "plaudit", samples: int = 2, best_of: int = 8, seed: int = 0) -> Standing:
-    """Sample `version` and base on every prompt and let the taste judge. Both win rates are against the same base replies."""
+def standing(
+    client: Client, taste: str, prompts: Sequence[str], *, version: str = "plaudit", against: str = "plaudit@base",
+    samples: int = 2, best_of: int = 8, seed: int = 0, progress: Callable[[int, int], None] | None = None,
+) -> Standing:
+    """Sample `version` and `against` on every prompt and let the taste judge. Both win rates are against the same replies."""
     liking = known(taste)
     ours: list[str] = []
     theirs: list[str] = []
     best: list[str] = []
     for i, prompt in enumerate(prompts):
         mine = client.texts(prompt, samples, seed * 1_000_003 + 3 * i, model=version)
-        base = client.texts(prompt, samples, seed * 1_000_003 + 3 * i + 1, model="plaudit@base")
+        base = client.texts(prompt, samples, seed * 1_000_003 + 3 * i + 1, model=against)
         others = client.texts(prompt, best_of, seed * 1_000_003 + 3 * i + 2, model="plaudit@base")
         ours += mine
         theirs += base
         best += [max(others, key=liking)] * samples
+        if progress is not None:
+            progress(i + 1, len(prompts))
     return Standing(win_rate(liking, ours, theirs), win_rate(liking, best, theirs), ours, theirs)
 
 

@@ -88,6 +88,13 @@ def test_a_standing_is_what_counting_by_hand_gives() -> None:
     assert found.share == 0.5 / 0.75
 
 
+def test_a_server_that_is_not_there_is_said_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(SimulateError, match="Is `plaudit serve` running"):
+        simulate("http://127.0.0.1:9", ["a"], "shorter")
+    assert time.monotonic() - began < 10  # a dozen tries with waits take over 20 s
+
+
 def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SimulateError, match="there are shorter"):
         simulate("http://127.0.0.1:9", ["a"], "nicer")
