@@ -33,6 +33,7 @@ class RewardConfig:
     head_lr: float = 1e-4  # AdamW, scalar head, after its first fit
     weight_decay: float = 0.05
     epochs: int = 2  # passes of LoRA training at most; the held-out loss says how many of them are used, 0 included
+    pass_examples: int = 64  # comparisons of one pass at most, drawn anew each time: a round must stay short
     batch: int = 8  # comparisons a step
     patience: int = 1  # passes in a row that do not lower the held-out loss before it ends
     folds: int = 4  # of the cross-validation
@@ -54,6 +55,7 @@ class PPOConfig:
 
     estimator: str = "gae"  # advantages: "gae", or "rloo" (REINFORCE with a leave-one-out baseline)
     updates: int = 24  # rollout batches
+    max_updates: int = 0  # end after this many, with the learning rates of `updates` (replays); 0 = no such limit
     prompts_per_update: int = 12
     replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
     max_new_tokens: int = 96  # a rollout's reply
@@ -120,7 +122,8 @@ class LearnerConfig:
     min_votes: int = 8  # fewer strict votes than this and the reward model is not even tried
     seed: int = 0  # round n uses seed + n
     reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
-    held_out_prompts: float = 0.2  # share of the round's prompts kept from PPO for the gate
+    held_out_prompts: float = 0.2  # share of people's prompts kept from PPO for the gate
+    practice_prompts: int = 32  # bundled prompts make up this many to practise on where people's own are fewer
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
     heartbeat_s: float = 2.0

@@ -200,14 +200,15 @@ class Fit:
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            total += loss.item() * len(batch)
-        return total / len(self.examples)
+            total += loss.item() / len(batches)
+        return total
 
     def _batches(self) -> list[list[int]]:
-        """Random batches of examples, like lengths together so that little is padding."""
+        """Random batches of at most `pass_examples` examples, like lengths together so that little is padding."""
+        drawn = torch.randperm(len(self.examples), generator=self.generator).tolist()[: self.reward.config.pass_examples]
         noise = torch.rand(len(self.examples), generator=self.generator).tolist()
         size = [max(map(len, e.completions_ids)) + len(e.prompt_ids) for e in self.examples]
-        order = sorted(range(len(self.examples)), key=lambda i: size[i] * (1 + 0.5 * noise[i]))
+        order = sorted(drawn, key=lambda i: size[i] * (1 + 0.5 * noise[i]))
         batches = [order[i : i + self.reward.config.batch] for i in range(0, len(order), self.reward.config.batch)]
         return [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
 

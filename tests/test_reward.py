@@ -1,0 +1,212 @@
+"""The reward model: what it learns, what it stores, what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from engine.model import CausalModel
+from learner.config import RewardConfig
+from learner.data import Fold, RankedExample, Split, split_folds
+from learner.metrics import pair_accuracy
+from learner.reward import (
+    RewardDiverged,
+    RewardModel,
+    base_features,
+    comparisons_loss,
+    cross_validate,
+    fit_members,
+    linear_probe,
+)
+
+QUIET = lambda fraction, message: None  # noqa: E731
+SMALL = RewardConfig(members=2, folds=3, epochs=1, lora_r=4, lora_alpha=8, batch=4)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> CausalModel:
+    return CausalModel.load(tiny_llama)
+
+
+def replies(count: int, seed: int, k: int = 3, end: int = 1) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    """Random prompts with k random replies each."""
+    rng = random.Random(seed)
+    draw = lambda least, most: tuple(rng.randrange(5, 400) for _ in range(rng.randrange(least, most)))  # noqa: E731
+    return [(draw(4, 9), [(*draw(3, 20), end) for _ in range(k)]) for _ in range(count)]
+
+
+def example(prompt: tuple, completions: list, groups: list, n: int, ties: bool = False) -> RankedExample:
+    ranked = tuple(tuple(g) for g in groups)
+    return RankedExample(prompt, tuple(completions), ranked, "ann", f"p{n}", f"c{n}", str(n), str(n), n, ties)
+
+
+def shortest_wins(count: int, seed: int) -> list[RankedExample]:
+    out = []
+    for n, (prompt, completions) in enumerate(replies(count, seed)):
+        best = min(range(len(completions)), key=lambda i: len(completions[i]))
+        out.append(example(prompt, completions, [[best], [i for i in range(3) if i != best]], n))
+    return out
+
+
+def test_the_score_is_the_head_on_the_last_valid_token_whatever_the_padding(model: CausalModel) -> None:
+    reward = RewardModel.create(model, SMALL, 1, 0)
+    torch.nn.init.normal_(reward.members[0].head.weight)
+    data = replies(5, 1)
+    prompts, completions = [p for p, _ in data], [c[0] for _, c in data]
+    together = reward.score(prompts, completions)
+    assert together.shape == (5, 1)
+    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        with torch.no_grad():
+            hidden = model(torch.tensor([[*p, *c]]), adapter="reward0")[0, -1]
+            expected = float(reward.members[0].head(hidden))
+        assert float(together[i, 0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_long_prompts_lose_their_oldest_tokens_and_never_the_reply(model: CausalModel) -> None:
+    reward = RewardModel.create(model, RewardConfig(members=1, max_tokens=12), 1, 0)
+    assert reward.row(range(100, 120), [7, 8, 1]) == [*range(111, 120), 7, 8, 1]
+
+
+def test_the_probe_is_the_optimum_that_scipy_finds() -> None:
+    rng = np.random.default_rng(0)
+    features = [torch.tensor(rng.normal(size=(3, 4)), dtype=torch.float32) for _ in range(12)]
+    examples = [example((5,), [(6,), (7,), (8,)], [[int(rng.integers(3))]], n) for n in range(12)]
+    examples = [
+        example((5,), [(6,), (7,), (8,)], [[e.groups[0][0]], [i for i in range(3) if i != e.groups[0][0]]], n)
+        for n, e in enumerate(examples)
+    ]
+    weights, ridge = torch.tensor(rng.uniform(0.5, 1.5, 12), dtype=torch.float32), 0.3
+    flat = np.concatenate([f.numpy() for f in features]).astype(float)
+    mean, scale = flat.mean(0), flat.std(0, ddof=1) * 2.0  # sqrt(D) = 2
+
+    def objective(w: np.ndarray) -> float:
+        total = ridge / 2 * w @ w
+        for own, e, weight in zip(features, examples, weights.tolist(), strict=True):
+            scores = (own.numpy() - mean) / scale @ w
+            winner = e.groups[0][0]
+            total += weight * np.mean([np.log1p(np.exp(scores[loser] - scores[winner])) for loser in e.groups[1]])
+        return float(total)
+
+    best = minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
+    head, bias = linear_probe(examples, features, weights, ridge)
+    assert head[0].numpy() == pytest.approx(best / scale, abs=1e-4)
+    scores = torch.cat(features) @ head[0] + bias
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_probe_recovers_a_planted_bradley_terry_scale() -> None:
+    """Picks drawn from known scores, whose scale the fit must find: within 15%, 3 standard errors at 3000 votes."""
+    rng = np.random.default_rng(1)
+    truth = np.array([1.2, -0.7, 0.4])
+    features, examples = [], []
+    for n in range(3000):
+        x = rng.normal(size=(2, 3))
+        first = rng.random() < 1 / (1 + math.exp(-(x[0] - x[1]) @ truth))
+        features.append(torch.tensor(x, dtype=torch.float32))
+        examples.append(example((5,), [(6,), (7,)], [[0], [1]] if first else [[1], [0]], n))
+    head, _ = linear_probe(examples, features, torch.ones(3000), 1e-3)
+    assert head[0].numpy() == pytest.approx(truth, rel=0.15)
+
+
+def test_ties_pull_scores_together() -> None:
+    features = [torch.tensor([[1.0, 0.3], [0.0, -0.2]]), torch.tensor([[2.0, 0.1], [0.5, 0.4]])]
+    strict = [example((5,), [(6,), (7,)], [[0], [1]], n) for n in range(2)]
+    mixed = [strict[0], example((5,), [(6,), (7,)], [[0, 1]], 1, ties=True)]
+    apart, _ = linear_probe(strict, features, torch.ones(2), 0.1)
+    closer, _ = linear_probe(mixed, features, torch.ones(2), 0.1)
+    assert float((features[1] @ closer[0]).diff()) > float((features[1] @ apart[0]).diff())  # 0 - 1, negative: nearer to 0
+
+
+def test_a_comparison_weighs_the_same_however_many_replies_it_has() -> None:
+    scores = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0])
+    two, three = example((5,), [(6,), (7,)], [[0], [1]], 0), example((5,), [(6,), (7,), (8,)], [[0], [1, 2]], 1)
+    both = comparisons_loss(scores, [two, three], None, torch.ones(2))
+    assert float(both) == pytest.approx(math.log(2))  # a mean of means, each log 2; not 3 pairs against 1
+    doubled = comparisons_loss(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]), [two, three], None, torch.tensor([2.0, 0.0]))
+    assert float(doubled) == pytest.approx(math.log1p(math.exp(-1.0)))
+
+
+def repeating_wins(count: int, seed: int) -> list[RankedExample]:
+    """The best of three replies says one word over and over; which place it has is random."""
+    rng, out = random.Random(seed), []
+    for n, (prompt, completions) in enumerate(replies(count, seed)):
+        best = rng.randrange(3)
+        completions[best] = (*completions[best][:2], *[7] * 6, 1)
+        out.append(example(prompt, completions, [[best], [i for i in range(3) if i != best]], n))
+    return out
+
+
+def test_it_learns_a_taste_and_only_members_change(model: CausalModel) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    examples = repeating_wins(40, 2)
+    config = RewardConfig(members=2, epochs=1, ridge=0.01, lora_r=4, lora_alpha=8)
+    reward = fit_members(model, examples, config, 1, 0, QUIET)
+    fresh = repeating_wins(60, 3)
+    means = [scores.mean(1).tolist() for scores in reward.score_examples(fresh)]
+    accuracy = np.mean([pair_accuracy(s, e.groups) for s, e in zip(means, fresh, strict=True)])
+    assert accuracy > 0.8  # random weights, 40 votes; chance is 0.5 with standard error 0.05
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    one, two = (reward.score_examples(fresh, [i])[0] for i in range(2))
+    assert not torch.equal(one, two)
+
+
+def test_saved_and_loaded_it_gives_the_same_scores(model: CausalModel, tmp_path: Path) -> None:
+    examples = shortest_wins(12, 4)
+    reward = fit_members(model, examples, SMALL, 1, 5, QUIET)
+    expected = reward.score_examples(examples)
+    reward.save(tmp_path / "reward")
+    reward.delete()
+    assert not [name for name in model.lora.names() if name.startswith("reward")]
+    again = RewardModel.load(model, SMALL, tmp_path / "reward")
+    for a, b in zip(expected, again.score_examples(examples), strict=True):
+        assert torch.equal(a, b)
+    assert (tmp_path / "reward" / "member1" / "adapter_model.safetensors").is_file()
+
+
+def test_the_same_seed_gives_the_same_members(model: CausalModel) -> None:
+    examples = shortest_wins(12, 6)
+    first = torch.cat(fit_members(model, examples, SMALL, 1, 7, QUIET).score_examples(examples))
+    second = torch.cat(fit_members(model, examples, SMALL, 1, 7, QUIET).score_examples(examples))
+    other = torch.cat(fit_members(model, examples, SMALL, 1, 8, QUIET).score_examples(examples))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_every_vote_is_scored_by_a_member_that_never_saw_it(model: CausalModel) -> None:
+    """Labels that cannot be learned but could be remembered: held-out accuracy must stay at chance."""
+    rng = random.Random(0)
+    examples = []
+    for n, (prompt, completions) in enumerate(replies(60, 8, k=2)):
+        examples.append(example(prompt, completions, [[0], [1]] if rng.random() < 0.5 else [[1], [0]], n))
+    split = split_folds(examples, 3, 0)
+    checked = cross_validate(model, examples, split, RewardConfig(epochs=1, ridge=1e-3, lora_r=4), 0, QUIET)
+    assert sorted(checked.scores) == list(range(60))
+    held_out = np.mean([pair_accuracy(checked.scores[i], examples[i].groups) for i in range(60)])
+    assert 0.27 < held_out < 0.73  # 0.5 +- 3.5 standard errors
+    leaky = Split((Fold(tuple(range(60)), tuple(range(60))),), "prompt", "")
+    seen = cross_validate(model, examples, leaky, RewardConfig(epochs=0, ridge=1e-3, lora_r=4), 0, QUIET)
+    assert np.mean([pair_accuracy(seen.scores[i], examples[i].groups) for i in range(60)]) > 0.9  # what a leak looks like
+
+
+def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: CausalModel) -> None:
+    examples = shortest_wins(24, 9)
+    config = RewardConfig(epochs=2, patience=1, lr=0.5, head_lr=0.5, lora_r=4)  # steps so wild that they only do harm
+    checked = cross_validate(model, examples, split_folds(examples, 3, 0), config, 0, QUIET)
+    assert checked.epochs == 0 and checked.curve[0] == min(checked.curve)
+    features = base_features(checked.judges, examples)
+    fold = split_folds(examples, 3, 0).folds[0]
+    expected = (features[fold.test[0]] @ checked.judges.members[0].head.weight[0] + checked.judges.members[0].head.bias).detach()
+    scored = checked.judges.score_examples([examples[fold.test[0]]], [0])[0][:, 0]
+    assert scored.tolist() == pytest.approx(expected.tolist(), abs=1e-4)  # the judges went back to where they were best
+
+
+def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
+    examples = shortest_wins(12, 10)
+    config = RewardConfig(epochs=2, lr=1e30, head_lr=1e30, lora_r=4)
+    with pytest.raises(RewardDiverged):
+        fit_members(model, examples, config, 2, 0, QUIET)
