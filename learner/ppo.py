@@ -1,0 +1,379 @@
+"""Proximal policy optimisation of one LoRA adapter against the reward model, read top to bottom.
+
+R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
+valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is the ensemble's lower confidence bound, in units of
+the spread of the reference policy's own replies, less what broken or cut replies cost.
+
+One base model is in memory; the policy, the reward members, the value function and (where there is one) the reference
+are adapters on it. Rollouts come from the engine that serves people. Owns the update and when to stop it; does not own
+the formulas (`learner/losses.py`, `learner/advantages.py`), sampling (`learner/rollout.py`), whether the result is good
+enough (`learner/gate.py`) or files.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.engine import BASE, Engine
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner import rollout
+from learner.advantages import gae, leave_one_out, token_rewards, whiten
+from learner.config import PPOConfig
+from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
+from learner.reward import RewardModel
+from learner.rollout import Trajectories
+from learner.text_checks import broken, distinct_n
+
+VALUE = "value"  # the adapter of the value function; it lives as long as a run
+
+
+class PPOError(Exception):
+    """The run cannot go on, and the message says why. The policy adapter is left as it was last known good."""
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """What a run did. `adapter` now holds the kept policy."""
+
+    adapter: str
+    history: list[dict[str, Any]]  # one row of figures an update; the last one is a measurement without an update
+    stopped: str  # why it ended, in words
+    kept_update: int  # updates behind the kept policy; 0 means that it is where it started
+    kl: float  # nats a reply against the reference, measured on the kept policy's rollouts
+    seconds: float
+    sample: str = field(repr=False, default="")  # one reply of the kept policy
+
+
+class KLController:
+    """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, beta: float, target: float, horizon: float) -> None:
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl: float, replies: int) -> None:
+        """kl: nats a reply, mean over `replies` of them. The error is clipped to 20%."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.beta *= 1 + error * replies / self.horizon
+
+
+class Scorer:
+    """Ensemble scores in comparable units: each member has mean 0 and within-prompt deviation 1 on the reference's replies.
+
+    Bradley-Terry leaves every member its own offset and scale, so members may not be compared before this.
+    """
+
+    def __init__(self, reward: RewardModel, reference: Trajectories) -> None:
+        self.reward = reward
+        raw = self._raw(reference)  # (B, members)
+        grouped = raw.view(-1, reference.group, raw.shape[1])
+        self.mean = raw.mean(0)
+        inner = grouped - grouped.mean(1, keepdim=True) if reference.group > 1 else grouped - self.mean
+        freedom = max(1, len(raw) - (len(grouped) if reference.group > 1 else 1))
+        self.std = ((inner**2).sum((0, 1)) / freedom).sqrt().clamp(min=1e-4)
+
+    def __call__(self, batch: Trajectories) -> Tensor:
+        """(B, members), in deviations of the reference's replies."""
+        return (self._raw(batch) - self.mean) / self.std
+
+    def _raw(self, batch: Trajectories) -> Tensor:
+        scores = self.reward.score(batch.prompts, batch.completions)
+        if not bool(scores.isfinite().all()):
+            raise PPOError("the reward model gave a score that is not a finite number")
+        return scores
+
+
+class Value(nn.Module):
+    """V of every reply position, in the scorer's units: starts as one reward member, adapter and head."""
+
+    def __init__(self, model: CausalModel, reward: RewardModel, scorer: Scorer) -> None:
+        super().__init__()
+        member = reward.members[0]
+        model.lora.copy(member.adapter, VALUE, trainable=True)
+        self.model = [model]  # in a list, so that its parameters are not this module's
+        self.head = nn.Linear(model.hidden_size, 1).to(model.device)
+        with torch.no_grad():
+            self.head.weight.copy_(member.head.weight / scorer.std[0])
+            self.head.bias.copy_((member.head.bias - scorer.mean[0]) / scorer.std[0])
+
+    def forward(self, batch: Trajectories, rows: Tensor) -> Tensor:
+        """(n, R'): the value before each reply token is chosen."""
+        return self.head(rollout.reply_hidden(self.model[0], batch, rows, VALUE).float()).squeeze(-1)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Adapter and head."""
+        return [*self.model[0].lora.parameters(VALUE).values(), *self.head.parameters()]
+
+
+def train_ppo(
+    model: CausalModel,
+    tokenizer: ChatTokenizer,
+    reward: RewardModel,
+    *,
+    prompts: Sequence[Sequence[int]],
+    policy: str,
+    config: PPOConfig,
+    start: str | None = None,
+    reference: str | None = None,
+    judges: RewardModel | None = None,
+    seed: int = 0,
+    progress: Callable[[float, str], None] | None = None,
+    on_update: Callable[[dict[str, Any]], None] | None = None,
+) -> PPOResult:
+    """Improve adapter `policy` on `prompts` (token ids, generation prompt included) and leave the kept state in it.
+
+    start: the adapter it begins as a copy of; None for a new one that changes nothing. reference: the adapter that the
+    KL is measured against; None for the bare base. judges: held-out reward members, which are looked at and never
+    optimised: where they and `reward` part, the run stops and goes back to where the judges liked it best.
+    Raises PPOError when a number is not finite, no prompt fits, or the policy is over the KL ceiling from the outset.
+    """
+    began = time.monotonic()
+    fitting = [list(p) for p in prompts if len(p) + config.max_new_tokens <= model.max_context]
+    if not fitting:
+        raise PPOError(
+            "no prompt leaves room for a reply in the model's context: lower ppo.max_new_tokens or use shorter prompts"
+        )
+
+    # 1. The policy, its optimiser, an engine to sample with, and the reference's own replies as the unit of the score.
+    if start is None:
+        model.lora.create(policy, r=config.lora_r, alpha=config.lora_alpha, seed=seed)
+    else:
+        model.lora.copy(start, policy, trainable=True)
+    room = max(map(len, fitting)) + config.max_new_tokens
+    size = config.prompts_per_update * config.replies_per_prompt
+    engine = Engine(model, tokenizer, max_sequences=size, max_context=room)
+    draw = prompt_batches(fitting, config.prompts_per_update, seed)
+
+    def sample(version: str, number: int) -> Trajectories:
+        try:
+            return rollout.sample(
+                engine, next(draw), version=version, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
+                temperature=config.temperature, seed=seed * 1_000_003 + number * size,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise PPOError(str(error)) from error
+
+    unit = sample(reference or BASE, 0)
+    scorer = Scorer(reward, unit)
+    judge = None if judges is None else Scorer(judges, unit)
+    value = Value(model, reward, scorer) if config.estimator == "gae" else None
+    trained = list(model.lora.parameters(policy).values())
+    groups = [{"params": trained, "lr": config.lr}]
+    if value is not None:
+        groups.append({"params": value.trained(), "lr": config.value_lr})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    peak = [group["lr"] for group in optimizer.param_groups]
+    controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+
+    history: list[dict[str, Any]] = []
+    kept = Kept(model, policy)
+    judged = Judged(config.patience, config.part)
+    last = min(config.updates, config.max_updates or config.updates)
+    stopped = f"all {last} updates done"
+    try:
+        for update in range(last + 1):  # the last turn only measures what the last update made
+            lap = time.monotonic()
+
+            # 2. Rollouts: the policy's own replies, by the engine.
+            batch = sample(policy, update + 1)
+            rows = list(range(len(batch)))
+
+            # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
+            with torch.no_grad():
+                old, entropy = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, policy, config.temperature))  # noqa: B023
+                ref, _ = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, reference, config.temperature))  # noqa: B023
+            kl = kl_k1(old, ref)  # (B, R) nats
+            kl_reply = float(kl.sum(1).mean())
+            if not math.isfinite(kl_reply):
+                raise PPOError("the KL divergence from the reference is not a finite number")
+
+            # 4. Score: lower confidence bound over the members, less what broken and cut replies cost.
+            members = scorer(batch)  # (B, members)
+            spread = members.std(1) if members.shape[1] > 1 else torch.zeros(len(batch))
+            faulty = torch.tensor([broken(t, r) for t, r in zip(batch.texts, batch.finish_reasons, strict=True)])
+            scores = (members.mean(1) - config.uncertainty * spread).to(old.device)
+            scores = scores - config.missing_eos_penalty * batch.cut - config.broken_penalty * faulty.to(old.device)
+            row: dict[str, Any] = {
+                "update": update, "score": float(members.mean()), "disagreement": float(spread.mean()), "reward": float(scores.mean()),
+                "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(entropy, batch.mask)),
+                "length": float(batch.lengths.float().mean()), "cut": float(batch.cut.float().mean()),
+                "broken": float(faulty.float().mean()), "distinct2": distinct_n(batch.texts, 2),
+                "engine_gap": float((batch.engine_logprobs - old).abs().max()),
+            }  # fmt: skip
+            if judge is not None and (update % config.judge_every == 0 or update == last):
+                row["judges"] = float(judge(batch).mean())
+
+            # 5. Is this policy worth keeping? Over the ceiling, or parted from the held-out members: stop.
+            if kl_reply > config.kl_ceiling:
+                history.append(row)
+                if update == 0:
+                    raise PPOError(f"the starting policy is {kl_reply:.1f} nats from the reference, over the ceiling of {config.kl_ceiling:g}")
+                stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {config.kl_ceiling:g}: went back to update {kept.update}"
+                break
+            parted = "judges" in row and judged.parted(row["judges"])
+            if parted:
+                history.append(row)
+                if judged.best is not None:
+                    kept = judged.best
+                stopped = f"held-out reward members no longer agree that it improves: went back to update {kept.update}"
+                break
+            kept = Kept(model, policy, update, row["kl"], batch.texts[0])
+            if "judges" in row and judged.newest_is_best:
+                judged.best = kept
+            out_of_time = time.monotonic() - began > config.max_seconds
+            if update == last or out_of_time:
+                history.append(row | {"seconds": time.monotonic() - lap})
+                if update < last:
+                    stopped = f"{config.max_seconds:g} s were up after {update} updates"
+                break
+
+            # 6. Rewards a token, then advantages.
+            if config.estimator == "rloo":
+                total = scores - controller.beta * kl.sum(1)  # (B,)
+                advantages = torch.where(batch.mask, leave_one_out(total, batch.group)[:, None], 0.0)
+                returns = old_values = None
+            else:
+                rewards = token_rewards(scores, kl, batch.mask, controller.beta)
+                if config.whiten_rewards:
+                    rewards = whiten(rewards, batch.mask, shift_mean=False)
+                with torch.no_grad():
+                    (old_values,) = over(batch, rows, config, lambda r: (value(batch, r),))  # noqa: B023
+                advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
+                residual = masked_var(returns - old_values, batch.mask)
+                row["explained_variance"] = float(1 - residual / masked_var(returns, batch.mask).clamp(min=1e-8))
+            if config.whiten_advantages:
+                advantages = whiten(advantages, batch.mask)
+
+            # 7. A few passes of clipped updates over minibatches.
+            for group, top in zip(optimizer.param_groups, peak, strict=True):
+                group["lr"] = top * max(0.1, 1 - update / config.updates)
+            row |= learn(
+                model, policy, value, batch, old, advantages, old_values, returns, optimizer, trained, config,
+                random.Random(f"{seed}/{update}"),
+            )  # fmt: skip
+
+            # 8. The KL controller, and the log.
+            controller.update(kl_reply, len(batch))
+            row |= {"seconds": time.monotonic() - lap, "tokens_per_second": float(batch.lengths.sum()) / (time.monotonic() - lap)}
+            history.append(row)
+            if on_update is not None:
+                on_update(row)
+            if progress is not None:
+                progress((update + 1) / (last + 1), f"update {update + 1} of {last}, KL {kl_reply:.1f} nats")
+    finally:
+        kept.restore()
+        if value is not None:
+            model.lora.delete(VALUE)
+    return PPOResult(policy, history, stopped, kept.update, kept.kl, time.monotonic() - began, kept.sample)
+
+
+def learn(
+    model: CausalModel, policy: str, value: Value | None, batch: Trajectories, old: Tensor, advantages: Tensor,
+    old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
+    config: PPOConfig, rng: random.Random,
+) -> dict[str, float]:  # fmt: skip
+    """Epochs of minibatches over one rollout batch; each is gone through in chunks of like length, one step a minibatch.
+
+    old, advantages, old_values, returns: (B, R). Returns the mean figures. Raises PPOError when one is not finite.
+    """
+    totals: dict[str, float] = {}
+    steps = 0
+    count = min(config.minibatches, len(batch))
+    for _ in range(config.epochs):
+        rows = list(range(len(batch)))
+        rng.shuffle(rows)
+        for part in (rows[i::count] for i in range(count)):
+            tokens = batch.mask[part].sum()
+            figures: dict[str, float] = {}
+            optimizer.zero_grad()
+            for chunk in rollout.chunks(batch, part, config.chunk_tokens):
+                new, _ = rollout.reply_logprobs(model, batch, chunk, policy, config.temperature)
+                mask = batch.mask[chunk, : new.shape[1]]
+                share = mask.sum() / tokens  # chunk means add up to the minibatch's mean over tokens
+                cols = slice(0, new.shape[1])
+                clipped = policy_loss(new, old[chunk, cols], advantages[chunk, cols], mask, config.clip)
+                loss, parts = clipped.loss * share, {"policy_loss": clipped.loss, "clipfrac": clipped.clipfrac, "ratio": clipped.mean, "step_kl": clipped.kl}
+                if value is not None and old_values is not None and returns is not None:
+                    v = value_loss(value(batch, chunk), old_values[chunk, cols], returns[chunk, cols], mask, config.value_clip)
+                    loss, parts = loss + v.loss * share, parts | {"value_loss": v.loss, "value_clipfrac": v.clipfrac}
+                loss.backward()
+                for name, figure in parts.items():
+                    figures[name] = figures.get(name, 0.0) + float(figure.detach() * share)
+            norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            if value is not None:
+                nn.utils.clip_grad_norm_(value.trained(), config.max_grad_norm)
+            figures["grad_norm"] = float(norm)
+            if bad := [name for name, figure in figures.items() if not math.isfinite(figure)]:
+                raise PPOError(f"{bad[0]} is not a finite number: the run is dropped before it can change the policy")
+            optimizer.step()
+            steps += 1
+            for name, figure in figures.items():
+                totals[name] = totals.get(name, 0.0) + figure
+    return {name: total / steps for name, total in totals.items()}
+
+
+def over(
+    batch: Trajectories, rows: Sequence[int], config: PPOConfig, compute: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`compute` on chunks of rows, its (n, R') results put together as (B, R), 0 elsewhere."""
+    whole: list[Tensor] = []
+    for chunk in rollout.chunks(batch, rows, config.chunk_tokens):
+        for i, part in enumerate(compute(chunk)):
+            if i == len(whole):
+                whole.append(torch.zeros(batch.mask.shape, device=batch.mask.device))
+            whole[i][chunk, : part.shape[1]] = torch.where(batch.mask[chunk, : part.shape[1]], part, 0.0)
+    return tuple(whole)
+
+
+def prompt_batches(prompts: list[list[int]], count: int, seed: int) -> Iterator[list[list[int]]]:
+    """Batches of `count` prompts without end: every prompt comes once before any comes again."""
+    rng, left = random.Random(f"prompts/{seed}"), []
+    while True:
+        chosen: list[list[int]] = []
+        while len(chosen) < count:
+            if not left:
+                left = rng.sample(prompts, len(prompts))
+            chosen.append(left.pop())
+        yield chosen
+
+
+class Kept:
+    """A copy of the policy that can be gone back to, with what was measured on it."""
+
+    def __init__(self, model: CausalModel, policy: str, update: int = 0, kl: float = 0.0, sample: str = "") -> None:
+        self.update, self.kl, self.sample = update, kl, sample
+        self.parameters = model.lora.parameters(policy)
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copy back."""
+        for name, p in self.parameters.items():
+            p.copy_(self.values[name])
+
+
+class Judged:
+    """Notices when the held-out members stop liking what the optimised ones like (Gao et al. 2023's overoptimisation)."""
+
+    def __init__(self, patience: int, part: float) -> None:
+        self.patience, self.part = patience, part
+        self.scores: list[float] = []
+        self.best: Kept | None = None
+
+    @property
+    def newest_is_best(self) -> bool:
+        return self.scores[-1] == max(self.scores)
+
+    def parted(self, score: float) -> bool:
+        """Whether the last `patience` scores all lie more than `part` (deviations) under the best before them."""
+        self.scores.append(score)
+        recent, before = self.scores[-self.patience :], self.scores[: -self.patience]
+        return bool(before) and max(recent) < max(before) - self.part

@@ -1,0 +1,162 @@
+"""Rollouts: the policy's own replies to prompts, sampled by the same engine that serves people.
+
+Owns the step from prompts to a `Trajectories` batch, and the log-probabilities of its replies under any adapter. Does
+not own rewards, advantages or the update (`learner/ppo.py`).
+
+Rows are prompt + reply, padded on the right. What is learned from lies in reply columns: token r of a reply was chosen
+from the hidden state at column `prompt length - 1 + r`, so hidden states are gathered there and everything per reply
+token is (B, R), starting at column 0, padded on the right; `mask` says which entries are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.engine import Engine, SamplingParams
+from engine.model import CausalModel
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A batch of sampled replies; those to one prompt are consecutive, `group` of them."""
+
+    prompts: list[list[int]]  # B
+    completions: list[list[int]]  # B, end token included where the reply ended with one
+    texts: list[str]
+    finish_reasons: list[str]  # "stop", or "length" for a reply that was cut
+    group: int
+    ids: Tensor  # (B, T) prompt + reply
+    valid: Tensor  # (B, T) bool
+    chosen_at: Tensor  # (B, R) column of `ids` whose hidden state chose reply token r
+    mask: Tensor  # (B, R) bool: real reply tokens, the end token among them
+    engine_logprobs: Tensor  # (B, R) nats, as recorded while sampling; 0 outside the mask
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, R) the reply tokens; the pad id outside the mask."""
+        after = (self.chosen_at + 1).clamp(max=self.ids.shape[1] - 1)
+        return self.ids.gather(1, after)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of each reply."""
+        return self.mask.sum(1)
+
+    @property
+    def cut(self) -> Tensor:
+        """(B,) bool: the reply hit the length limit and has no end token."""
+        return torch.tensor([reason == "length" for reason in self.finish_reasons], device=self.mask.device)
+
+
+def collect(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    texts: Sequence[str],
+    finish_reasons: Sequence[str],
+    logprobs: Sequence[Sequence[float]],
+    group: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> Trajectories:
+    """Lay rows out as tensors. Raises ValueError for a reply without tokens."""
+    if not all(completions) or not all(prompts):
+        raise ValueError("a rollout needs at least one prompt token and one reply token")
+    rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    size, longest, reply = len(rows), max(map(len, rows)), max(map(len, completions))
+    ids = torch.full((size, longest), pad_id, dtype=torch.long)
+    valid = torch.zeros(size, longest, dtype=torch.bool)
+    recorded = torch.zeros(size, reply)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        valid[i, : len(row)] = True
+        recorded[i, : len(completions[i])] = torch.tensor(list(logprobs[i]))
+    first = torch.tensor([len(p) - 1 for p in prompts])
+    step = torch.arange(reply)
+    mask = step < torch.tensor([[len(c)] for c in completions])
+    chosen_at = (first[:, None] + step).clamp(max=longest - 1)
+    return Trajectories(
+        [list(p) for p in prompts], [list(c) for c in completions], list(texts), list(finish_reasons), group,
+        ids.to(device), valid.to(device), chosen_at.to(device), mask.to(device), recorded.to(device),
+    )  # fmt: skip
+
+
+def sample(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    version: str,
+    group: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Trajectories:
+    """`group` replies to each prompt by adapter `version`; reply i of the batch has seed `seed + i`.
+
+    Raises PromptTooLong; and FloatingPointError when the policy's arithmetic broke down while sampling.
+    """
+    repeated = [list(p) for p in prompts for _ in range(group)]
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed + i) for i in range(len(repeated))
+    ]
+    replies = engine.generate(repeated, params, version)
+    if any(s.finish_reason == "cancelled" for s in replies):
+        raise FloatingPointError("the policy gave a log-probability that is not finite while sampling")
+    return collect(
+        repeated,
+        [s.token_ids for s in replies],
+        texts=[s.text for s in replies],
+        finish_reasons=[str(s.finish_reason) for s in replies],
+        logprobs=[s.logprobs for s in replies],
+        group=group,
+        pad_id=engine.model.pad_id,
+        device=engine.model.device,
+    )
+
+
+def chunks(batch: Trajectories, rows: Sequence[int], max_tokens: int) -> list[Tensor]:
+    """Split `rows` into like-length chunks of at most `max_tokens` padded tokens (one row may exceed it alone)."""
+    lengths = batch.valid.sum(1)
+    order = sorted(rows, key=lambda i: int(lengths[i]))
+    parts: list[list[int]] = [[]]
+    for i in order:
+        if parts[-1] and (len(parts[-1]) + 1) * int(lengths[i]) > max_tokens:
+            parts.append([])
+        parts[-1].append(i)
+    return [torch.tensor(part, device=batch.ids.device) for part in parts if part]
+
+
+def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None) -> Tensor:
+    """(n, R', D) hidden states that chose the reply tokens of `rows`, R' the longest reply among them."""
+    wide = int(batch.valid[rows].sum(1).max())
+    reply = int(batch.mask[rows].sum(1).max())
+    hidden = model(batch.ids[rows, :wide], valid=batch.valid[rows, :wide], adapter=adapter)  # (n, T', D)
+    at = batch.chosen_at[rows, :reply].clamp(max=wide - 1)
+    return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def reply_logprobs(
+    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each reply token and the entropy of its distribution: (n, R') nats each, 0 outside the mask.
+
+    Both under the full softmax of logits / temperature, as the engine samples. The entropy carries no gradient.
+    """
+    hidden = reply_hidden(model, batch, rows, adapter)
+    mask = batch.mask[rows, : hidden.shape[1]]
+    logits = model.logits(hidden[mask]) / temperature  # (N, V), real tokens only
+    tokens = batch.tokens[rows, : hidden.shape[1]][mask]
+    chosen = -F.cross_entropy(logits, tokens, reduction="none")
+    with torch.no_grad():
+        every = logits.log_softmax(-1)
+        spread = -(every.exp() * every).sum(-1)
+    logprobs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, chosen)
+    return logprobs, torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, spread)

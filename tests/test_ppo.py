@@ -1,0 +1,239 @@
+"""PPO on a tiny model: exact at step 0, really raises a planted reward, stops where it must, never leaves damage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.engine import Engine
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner import rollout
+from learner.config import PPOConfig, RewardConfig
+from learner.ppo import Kept, KLController, PPOError, Scorer, Value, learn, prompt_batches, train_ppo
+from learner.reward import RewardModel
+
+QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
+SMALL = PPOConfig(
+    updates=3, prompts_per_update=4, replies_per_prompt=4, max_new_tokens=12, epochs=1, minibatches=1, lora_r=4, lora_alpha=8,
+    lr=5e-3, value_lr=5e-3, broken_penalty=0.0, missing_eos_penalty=0.0, kl_target=20.0, kl_ceiling=200.0, max_seconds=300.0,
+)  # fmt: skip
+
+
+class Planted(RewardModel):
+    """Real members (the value function starts from them), and scores that a function gives."""
+
+    def plant(self, function: object) -> Planted:
+        self.function = function
+        return self
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
+        return torch.tensor([[float(self.function(c))] * len(self.members) for c in completion_ids])
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> CausalModel:
+    return CausalModel.load(tiny_llama)
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_llama)
+
+
+@pytest.fixture
+def prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
+    return [tokenizer.render([{"role": "user", "content": q}]) for q in QUESTIONS]
+
+
+def reward_for(model: CausalModel, function: object, prefix: str = "reward") -> Planted:
+    return Planted.create(model, RewardConfig(members=2, lora_r=4), 2, seed=3, prefix=prefix).plant(function)
+
+
+def even_share(completion: Sequence[int]) -> float:
+    """What the planted reward likes: tokens with an even id."""
+    return sum(t % 2 == 0 for t in completion) / len(completion)
+
+
+def state(model: CausalModel, name: str) -> list[Tensor]:
+    return [p.detach().clone() for p in model.lora.parameters(name).values()]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_at_step_zero_kl_is_zero_and_the_ratio_is_one(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], temperature: float) -> None:
+    config = replace(SMALL, updates=1, temperature=temperature)
+    first = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config).history[0]
+    assert first["kl"] == 0.0 and first["ratio"] == 1.0 and first["step_kl"] == 0.0 and first["clipfrac"] == 0.0
+    assert first["engine_gap"] < 1e-3  # the engine's temperature and the training pass's are the same
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+def test_a_planted_reward_is_really_raised(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], estimator: str) -> None:
+    engine = Engine(model, tokenizer, max_sequences=60)
+
+    def replies(version: str) -> list[list[int]]:
+        return rollout.sample(engine, prompts, version=version, group=10, max_tokens=12, temperature=1.0, seed=99).completions
+
+    said = [t for c in replies("base") for t in c]
+    liked = max(set(said), key=said.count)
+
+    def share(tokens: Sequence[int]) -> float:
+        return sum(t == liked for t in tokens) / len(tokens)
+
+    config = replace(SMALL, updates=12, epochs=2, minibatches=2, estimator=estimator, prompts_per_update=6, lr=1e-2, value_lr=1e-2)
+    result = train_ppo(model, tokenizer, reward_for(model, share), prompts=prompts, policy="p", config=config, seed=1)
+    before, after = share(said), share([t for c in replies("p") for t in c])
+    assert after > before + 0.15, (before, after, [h["score"] for h in result.history])  # its deviation is under 0.03
+    assert result.kl > 0.5 and result.kept_update == 12
+
+
+def test_scores_of_zero_leave_only_what_cut_replies_cost(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    config = replace(SMALL, updates=1, missing_eos_penalty=3.0)
+    first = train_ppo(model, tokenizer, reward_for(model, lambda c: 0.0), prompts=prompts, policy="p", config=config).history[0]
+    assert first["cut"] > 0.5 and first["reward"] == pytest.approx(-3.0 * first["cut"], abs=1e-6)
+
+
+def test_over_the_ceiling_the_run_stops_and_goes_back(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.0, kl_target=2.0, kl_ceiling=2.0)
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
+    assert "ceiling" in result.stopped and result.history[-1]["kl"] > 2.0 >= result.kl
+    assert result.kept_update < result.history[-1]["update"]
+    ids = [prompts[i % 6] for i in range(24)]
+    batch = rollout.sample(Engine(model, tokenizer, max_sequences=24), ids, version="p", group=1, max_tokens=12, temperature=1.0, seed=5)
+    with torch.no_grad():
+        new, _ = rollout.reply_logprobs(model, batch, torch.arange(24), "p", 1.0)
+        ref, _ = rollout.reply_logprobs(model, batch, torch.arange(24), None, 1.0)
+    assert float((new - ref).sum(1).mean()) < 4.0  # what is in the adapter is the kept policy, not the one that ran away
+
+
+def test_a_start_over_the_ceiling_is_refused(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    model.lora.create("far", r=4, seed=0)
+    with torch.no_grad():
+        for p in model.lora.parameters("far").values():
+            p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    reward = reward_for(model, even_share)
+    with pytest.raises(PPOError, match="over the ceiling"):
+        train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=replace(SMALL, kl_target=1, kl_ceiling=1), start="far")
+    first = train_ppo(
+        model, tokenizer, reward, prompts=prompts, policy="p", config=replace(SMALL, updates=1), start="far", reference="far"
+    ).history[0]
+    assert first["kl"] == 0.0  # measured against the reference that was named, not against the base
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_ends_the_run_and_leaves_the_start(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], bad: float
+) -> None:
+    calls = []
+
+    def turns_bad(completion: Sequence[int]) -> float:
+        calls.append(1)
+        return bad if len(calls) > 2 * 16 else even_share(completion)  # the unit and update 0 are fine
+
+    with pytest.raises(PPOError, match="not a finite number"):
+        train_ppo(model, tokenizer, reward_for(model, turns_bad), prompts=prompts, policy="p", config=SMALL)
+    ups = [p for name, p in model.lora.parameters("p").items() if "lora_B" in name]
+    assert all((p == 0).all() for p in ups)  # update 1's policy was never measured, so it is not kept
+    assert "value" not in model.lora.names()
+
+
+def test_the_run_goes_back_where_held_out_members_part(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    config = replace(SMALL, updates=12, judge_every=1, patience=2, part=0.3, epochs=2, minibatches=2)
+    reward = reward_for(model, even_share)
+    opposed = reward_for(model, lambda c: -even_share(c), "judge")
+    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=config, judges=opposed)
+    assert "no longer agree" in result.stopped and result.kept_update < result.history[-1]["update"] - 1
+
+
+def test_time_ends_a_run_between_updates(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=replace(SMALL, max_seconds=1e-6))
+    assert result.kept_update == 0 and "were up" in result.stopped
+
+
+def test_prompts_that_leave_no_room_are_told(model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(PPOError, match="no prompt leaves room"):
+        train_ppo(model, tokenizer, reward_for(model, even_share), prompts=[[5] * 505], policy="p", config=SMALL)
+
+
+def test_the_same_seed_makes_the_same_policy(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    config = replace(SMALL, updates=2)
+    ends = []
+    for name in ("a", "b"):
+        train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy=name, config=config, seed=4)
+        ends.append(state(model, name))
+    assert all(torch.equal(x, y) for x, y in zip(*ends, strict=True))
+
+
+def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    import random
+
+    moves = []
+    for tokens in (10**6, 40):
+        model.lora.create("p", r=4, seed=0)
+        engine = Engine(model, tokenizer, max_sequences=16)
+        batch = rollout.sample(engine, prompts, version="p", group=2, max_tokens=12, temperature=1.0, seed=0)
+        with torch.no_grad():
+            old, _ = rollout.reply_logprobs(model, batch, torch.arange(12), "p", 1.0)
+        advantages = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
+        trained = list(model.lora.parameters("p").values())
+        before = state(model, "p")
+        optimizer = torch.optim.SGD(trained, lr=1.0)
+        learn(model, "p", None, batch, old, advantages, None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
+        moves.append([b - a for a, b in zip(before, state(model, "p"), strict=True)])
+    assert max(float(m.abs().max()) for m in moves[0]) > 1e-4
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(*moves, strict=True))
+
+
+def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2, seed=3)
+    batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
+    scorer = Scorer(reward, batch)
+    with torch.no_grad():
+        values = Value(model, reward, scorer)(batch, torch.arange(12))
+    prefixes = [c[:5] for c in batch.completions]
+    scores = (reward.score(batch.prompts, prefixes)[:, 0] - scorer.mean[0]) / scorer.std[0]
+    rows = [i for i, c in enumerate(batch.completions) if len(c) > 5]
+    assert rows and torch.allclose(values[rows, 5], scores[rows], atol=1e-3)
+
+
+def test_members_with_other_offsets_and_scales_count_the_same(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
+    reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2, seed=3)
+    reward.score = lambda p, c: torch.tensor([[even_share(x), 50 - 7 * even_share(x)] for x in c])  # type: ignore[method-assign]
+    units = Scorer(reward, batch)(batch)
+    assert torch.allclose(units[:, 0], -units[:, 1], atol=1e-4) and units.mean(0).abs().max() < 1e-5
+    within = units[:, 0].view(-1, 2)
+    pooled = ((within - within.mean(1, keepdim=True)) ** 2).sum() / (12 - 6)
+    assert float(pooled) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_kl_controller_by_hand() -> None:
+    controller = KLController(0.1, target=4.0, horizon=100.0)
+    controller.update(4.4, 50)
+    assert controller.beta == pytest.approx(0.1 * (1 + 0.1 * 0.5))
+    controller.update(100.0, 50)  # clipped at 20%
+    assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1)
+    controller.update(0.0, 50)
+    assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
+
+
+def test_every_prompt_comes_once_before_any_comes_again() -> None:
+    draw = prompt_batches([[i] for i in range(6)], 4, seed=0)
+    dealt = [p[0] for _ in range(3) for p in next(draw)]
+    assert sorted(dealt[:6]) == sorted(dealt[6:]) == list(range(6))
+
+
+def test_a_kept_policy_comes_back_bit_for_bit(model: CausalModel) -> None:
+    model.lora.create("p", r=4, seed=0)
+    before, kept = state(model, "p"), Kept(model, "p")
+    with torch.no_grad():
+        for p in model.lora.parameters("p").values():
+            p.fill_(math.nan)
+    kept.restore()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model, "p"), strict=True))

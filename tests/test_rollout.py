@@ -1,0 +1,136 @@
+"""Rollouts: the training pass sees the tokens and log-probabilities that were sampled, whatever the padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.engine import Engine
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner.rollout import Trajectories, chunks, collect, reply_hidden, reply_logprobs, sample
+
+QUESTIONS = ["Hi", "Tell me about the moon, please.", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> CausalModel:
+    """A tiny Llama with an adapter that changes what it says."""
+    model = CausalModel.load(tiny_llama)
+    model.lora.create("policy", r=4, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.lora.parameters("policy").values():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine(model: CausalModel, tiny_llama: Path) -> Engine:
+    return Engine(model, ChatTokenizer.load(tiny_llama), max_sequences=8)
+
+
+@pytest.fixture(scope="module")
+def prompts(engine: Engine) -> list[list[int]]:
+    return [engine.tokenizer.render([{"role": "user", "content": q}]) for q in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def batch(engine: Engine, prompts: list[list[int]]) -> Trajectories:
+    return sample(engine, prompts, version="policy", group=2, max_tokens=24, temperature=0.7, seed=5)
+
+
+def alone(model: CausalModel, batch: Trajectories, i: int, temperature: float) -> torch.Tensor:
+    """Log-probabilities of row i's reply, computed on that row by itself."""
+    row = torch.tensor([[*batch.prompts[i], *batch.completions[i]]])
+    with torch.no_grad():
+        return model.logprobs(row, adapter="policy", temperature=temperature)[0, len(batch.prompts[i]) - 1 :]
+
+
+def test_the_batch_holds_what_was_sampled(batch: Trajectories, prompts: list[list[int]]) -> None:
+    assert len(batch) == 6 and batch.prompts[0] == batch.prompts[1] == prompts[0]
+    for i, completion in enumerate(batch.completions):
+        assert batch.tokens[i][batch.mask[i]].tolist() == completion and int(batch.lengths[i]) == len(completion)
+        assert batch.ids[i][batch.valid[i]].tolist() == [*batch.prompts[i], *completion]
+
+
+def test_training_log_probabilities_are_those_recorded_while_sampling(model: CausalModel, batch: Trajectories) -> None:
+    with torch.no_grad():
+        logprobs, _ = reply_logprobs(model, batch, torch.arange(6), "policy", 0.7)
+    assert (logprobs - batch.engine_logprobs).abs().max() < 1e-4
+    with torch.no_grad():  # temperature on one side only is another number altogether
+        hot, _ = reply_logprobs(model, batch, torch.arange(6), "policy", 1.0)
+    assert (hot - batch.engine_logprobs).abs().max() > 0.1
+
+
+def test_padding_and_company_change_nothing(model: CausalModel, batch: Trajectories) -> None:
+    with torch.no_grad():
+        logprobs, _ = reply_logprobs(model, batch, torch.tensor([4, 1, 3]), "policy", 0.7)
+    for k, i in enumerate([4, 1, 3]):
+        assert torch.allclose(logprobs[k, : len(batch.completions[i])], alone(model, batch, i, 0.7), atol=1e-4)
+        assert (logprobs[k, len(batch.completions[i]) :] == 0).all()
+
+
+def test_left_padding_gives_the_same_log_probabilities(model: CausalModel, batch: Trajectories) -> None:
+    row = [*batch.prompts[2], *batch.completions[2]]
+    ids = torch.tensor([[model.pad_id] * 5 + row])
+    valid = torch.tensor([[False] * 5 + [True] * len(row)])
+    with torch.no_grad():
+        left = model.logprobs(ids, valid=valid, adapter="policy", temperature=0.7)[0, 5 + len(batch.prompts[2]) - 1 :]
+        right, _ = reply_logprobs(model, batch, torch.tensor([2]), "policy", 0.7)
+    assert torch.allclose(left, right[0], atol=1e-4)
+
+
+def test_log_probabilities_and_entropy_are_those_of_transformers(model: CausalModel, batch: Trajectories, tiny_llama: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        logprobs, entropy = reply_logprobs(model, batch, torch.arange(6), None, 0.5)
+        for i in range(6):
+            row, first = torch.tensor([[*batch.prompts[i], *batch.completions[i]]]), len(batch.prompts[i])
+            every = (reference(row).logits[0, first - 1 : -1] / 0.5).log_softmax(-1)
+            n = len(batch.completions[i])
+            assert torch.allclose(logprobs[i, :n], every.gather(1, row[0, first:, None])[:, 0], atol=1e-3)
+            assert torch.allclose(entropy[i, :n], -(every.exp() * every).sum(-1), atol=1e-3)
+
+
+def test_the_end_token_is_part_of_a_reply_and_a_cut_reply_is_flagged() -> None:
+    batch = collect(
+        [[5, 6], [5]], [[7, 1], [8, 9, 9]], texts=["a", "b"], finish_reasons=["stop", "length"],
+        logprobs=[[-1.0, -2.0], [-1.0, -1.0, -3.0]], group=1, pad_id=0,
+    )  # fmt: skip
+    assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.cut.tolist() == [False, True]
+    assert batch.chosen_at[0, :2].tolist() == [1, 2] and batch.chosen_at[1].tolist() == [0, 1, 2]
+    assert batch.engine_logprobs[0].tolist() == [-1.0, -2.0, 0.0]
+
+
+def test_a_reply_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        collect([[5]], [[]], texts=[""], finish_reasons=["stop"], logprobs=[[]], group=1, pad_id=0)
+
+
+def test_the_same_seed_gives_the_same_rollouts(engine: Engine, prompts: list[list[int]], batch: Trajectories) -> None:
+    again = sample(engine, prompts, version="policy", group=2, max_tokens=24, temperature=0.7, seed=5)
+    other = sample(engine, prompts, version="policy", group=2, max_tokens=24, temperature=0.7, seed=6)
+    assert again.completions == batch.completions != other.completions
+    assert batch.completions[0] != batch.completions[1]  # one prompt's replies differ
+
+
+def test_chunks_hold_every_row_once_and_stay_small(batch: Trajectories) -> None:
+    parts = chunks(batch, [0, 2, 3, 5], max_tokens=90)
+    assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 5]
+    for part in parts:
+        assert len(part) == 1 or len(part) * int(batch.valid[part].sum(1).max()) <= 90
+    assert len(chunks(batch, range(6), 10**6)) == 1
+
+
+def test_hidden_states_are_those_before_each_reply_token(model: CausalModel, batch: Trajectories) -> None:
+    with torch.no_grad():
+        hidden = reply_hidden(model, batch, torch.tensor([0, 3]), "policy")
+        for k, i in enumerate([0, 3]):
+            for r in (0, len(batch.completions[i]) - 1):
+                prefix = torch.tensor([[*batch.prompts[i], *batch.completions[i][:r]]])
+                assert torch.allclose(hidden[k, r], model(prefix, adapter="policy")[0, -1], atol=1e-4)
