@@ -92,15 +92,15 @@ class Fake:
 
         @api.get("/v1/conversations/{conversation}")
         async def conversation(conversation: str) -> dict[str, Any]:
-            return {"id": conversation, "messages": [
-                {"role": "user", "content": "What are bees?"},
-                {"role": "assistant", "content": "Bees are insects that make honey.", "version": "v000001"},
-            ]}
+            choices = [{"index": i, "text": TEXTS[i], "finish_reason": "stop"} for i in range(2)]
+            question = [{"role": "user", "content": "What are bees?"}]
+            return {"conversation_id": conversation, "comparisons": [
+                {"comparison_id": "cmp-7", "messages": question, "choices": choices, "vote": None}]}
 
         @api.delete("/v1/conversations/{conversation}")
         async def erase(conversation: str) -> dict[str, Any]:
             self.erased.append(conversation)
-            self.conversations = [row for row in self.conversations if row["id"] != conversation]
+            self.conversations = [row for row in self.conversations if row["conversation_id"] != conversation]
             return {"erased": True}
 
         @api.get("/v1/adapters")

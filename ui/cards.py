@@ -93,11 +93,11 @@ def _card(chat: Chat, index: int, reply: Reply) -> str:
         cut = '<p class="note">Stopped.</p>'
     buttons = '<footer class="waiting"></footer>' if chat.phase == "streaming" else ""
     if votable:
-        label = f"{TICK}Picked" if chosen else "Pick this instead" if chat.phase == "voted" else "Pick this"
+        label = "Picked" if chosen else "Pick this instead" if chat.phase == "voted" else "Pick this"
         buttons = (
-            f'<footer><button type="button" class="pick" data-act="pick" data-index="{index}" aria-pressed="{str(chosen).lower()}">'
-            f'{label}<span class="sr">: reply {n}</span></button>'
-            f'<button type="button" class="quiet" data-act="edit" data-index="{index}">Edit<span class="sr"> reply {n}</span></button></footer>'
+            f'<footer><button type="button" class="pick" data-act="pick" data-index="{index}" aria-pressed="{str(chosen).lower()}" '
+            f'aria-label="{label}: reply {n}">{TICK if chosen else ""}{label}</button>'
+            f'<button type="button" class="quiet" data-act="edit" data-index="{index}" aria-label="Edit reply {n}">Edit</button></footer>'
         )
     clickable = f' data-card data-act="pick" data-index="{index}"' if votable and not chosen else ""
     writing = " writing" if waiting and text else ""

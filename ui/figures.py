@@ -165,6 +165,8 @@ def _verdict_words(state: JSON) -> str:
 def versions_of(adapters: JSON) -> list[JSON]:
     """The version rows, newest first, `base` last."""
     rows = [r for r in adapters.get("data") or [] if isinstance(r, dict)]
+    if rows and not any(r.get("version") == "base" for r in rows):  # the model itself can be live as well
+        rows.append({"version": "base", "status": "live" if adapters.get("live") == "base" else "retired"})
     return sorted(rows, key=lambda r: str(r.get("version") or "") if r.get("version") != "base" else "", reverse=True)
 
 
@@ -178,7 +180,7 @@ def versions(adapters: JSON) -> str:
         name, status = plain(row.get("version") or ""), str(row.get("status") or "")
         button = ""
         if row.get("version") != live and status != "rejected" and name:
-            button = f'<button type="button" class="quiet" data-act="promote" data-version="{name}">Promote<span class="sr"> {name}</span></button>'
+            button = f'<button type="button" class="quiet" data-act="promote" data-version="{name}" aria-label="Promote {name}">Promote</button>'
         won = row.get("win_rate")
         people = find(won, "value", "rate") if isinstance(won, dict) else won
         judged, against = number(row.get("win_votes")), row.get("against")
