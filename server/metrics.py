@@ -71,4 +71,6 @@ class Observe:
             self.metrics.requests.labels(scope["method"][:8], route, status or 499).inc()
             self.metrics.latency.labels(route).observe(took_s)
             if route.startswith("/v1/"):
-                log.info("request", method=scope["method"], route=route, status=status or 499, ms=round(took_s * 1000, 1))
+                read = scope["method"] == "GET" and status < 400  # pages poll: these would drown the rest
+                line = log.debug if read else log.info
+                line("request", method=scope["method"], route=route, status=status or 499, ms=round(took_s * 1000, 1))
