@@ -104,11 +104,13 @@ class GateConfig:
     temperature: float = 1.0
     min_win_rate: float = 0.5  # the lower bound of the win rate against live must be above it
     max_kl: float = 8.0  # nats a reply against the reference
-    max_length_ratio: float = 3.0  # mean tokens, candidate over live, either way
-    max_broken_rise: float = 0.05  # share of broken replies above live's
-    min_distinct2_ratio: float = 0.5  # distinct bigrams, candidate over live
+    max_length_ratio: float = 6.0  # mean tokens, candidate over live, either way
+    max_broken_rise: float = 0.05  # share of broken replies above the reference's
+    max_repetition_rise: float = 0.1  # share of 4-word runs that repeat within a reply, above the reference's
+    min_distinct2_ratio: float = 0.5  # distinct bigrams, candidate over the reference
     max_refusal_rise: float = 0.1
-    max_probe_loss_rise: float = 0.25  # nats a token on the fixed probe set: the alignment tax
+    max_probe_loss_rise: float = 1.0  # nats a token on the fixed probe set; a change of style costs some of it
+    max_probe_accuracy_fall: float = 0.1  # share of known answers no longer told from wrong ones: the alignment tax
 
     def __post_init__(self) -> None:
         _need(self.prompts >= 1 and self.replies_per_prompt >= 1, "gate.prompts must be at least 1")

@@ -1,0 +1,312 @@
+"""The gate: is a candidate better than the live version and no riskier? Every check with its figure, limit and reason.
+
+Both answer prompts that PPO never saw. Held-out reward members, which PPO never optimised, say who wins; the rest guards
+what a reward model does not see: distance from the reference, length, repetition, broken text, refusals, known facts.
+One failed check rejects. Owns measuring and judging; does not train, publish, or decide what a rejected version is for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from engine.engine import BASE, Engine
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner import rollout
+from learner.config import GateConfig
+from learner.reward import RewardModel
+from learner.rollout import Trajectories
+from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetition
+
+PROBES = Path(__file__).parent / "starter" / "probe.jsonl"
+OTHERS = 3  # wrong answers that a probe's right one is set against
+CHUNK_TOKENS = 4096
+Progress = Callable[[float, str], None]
+
+
+class GateError(Exception):
+    """The gate could not be run; the message says why. Nothing has been judged."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition: what was measured, what it is held to, and in words why it matters or what it saw."""
+
+    name: str
+    value: float | None  # None: not a finite number
+    limit: float
+    passed: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks. `verdict` is "pass" when none failed, else "rejected"."""
+
+    checks: tuple[Check, ...]
+    figures: dict[str, Any]  # what was measured beside the checks, intervals among them
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [check.name for check in self.checks if not check.passed]
+
+    @property
+    def verdict(self) -> str:
+        return "rejected" if self.failed else "pass"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: verdict, failed, checks and every figure by its name."""
+        return {"verdict": self.verdict, "failed": self.failed, "checks": [asdict(c) for c in self.checks], **self.figures}
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What one version answered; replies to one prompt are consecutive, `group` of them."""
+
+    texts: list[str]
+    finish_reasons: list[str]
+    lengths: list[int]  # tokens
+    group: int
+    scores: Tensor | None = None  # (B, members) of the held-out reward members, raw
+
+    @property
+    def broken(self) -> float:
+        """Share with a fault of `learner/text_checks.py`."""
+        return broken_rate(zip(self.texts, self.finish_reasons, strict=True))
+
+    @property
+    def length(self) -> float:
+        """Mean tokens."""
+        return sum(self.lengths) / len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How well known answers are held: loss in nats a token, and the share whose right answer beats three wrong ones."""
+
+    loss: float
+    accuracy: float
+
+
+def run_gate(
+    model: CausalModel,
+    tokenizer: ChatTokenizer,
+    judges: RewardModel,
+    *,
+    prompts: Sequence[Sequence[int]],
+    candidate: str,
+    live: str | None,
+    reference: str | None,
+    config: GateConfig,
+    seed: int = 0,
+    probes: Sequence[dict[str, str]] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure adapter `candidate` against `live` and `reference` (adapters; None for the base) and judge it.
+
+    prompts: token ids that PPO did not practise on. judges: reward members that it did not optimise. probes: known
+    answers `{"prompt", "answer"}`; the bundled ones when None. Returns `Verdict.to_dict()`. Raises GateError.
+    """
+    show = progress or (lambda fraction, words: None)
+    weights = model.lora.parameters(candidate)
+    if bad := [name for name, p in weights.items() if not bool(p.isfinite().all())]:
+        return Verdict((finite_check(len(bad)),), {}).to_dict()  # nothing else can be asked of it
+    fitting = [list(p) for p in prompts if len(p) + config.max_new_tokens <= model.max_context][: config.prompts]
+    if not fitting:
+        raise GateError("no held-out prompt leaves room for a reply: lower gate.max_new_tokens or use shorter prompts")
+
+    # 1. Both versions, and the reference, answer the same prompts.
+    room = max(map(len, fitting)) + config.max_new_tokens
+    engine = Engine(model, tokenizer, max_sequences=min(48, len(fitting) * config.replies_per_prompt), max_context=room)
+    asked: dict[str | None, Trajectories] = {}
+    for i, version in enumerate(dict.fromkeys((candidate, live, reference))):
+        show(0.15 * i, "answering held-out prompts")
+        try:
+            asked[version] = rollout.sample(
+                engine, fitting, version=version or BASE, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
+                temperature=config.temperature, seed=seed * 1_000_003 + 7,
+            )  # fmt: skip
+        except FloatingPointError:
+            return Verdict((finite_check(1),), {}).to_dict()
+
+    # 2. The held-out members' scores, the distance from the reference, the known answers.
+    replies = {}
+    for i, (version, batch) in enumerate(asked.items()):
+        show(0.45 + 0.1 * i, "scoring by held-out reward members")
+        needed = version in (candidate, live)
+        replies[version] = Replies(
+            batch.texts, batch.finish_reasons, batch.lengths.tolist(), batch.group,
+            judges.score(batch.prompts, batch.completions) if needed else None,
+        )  # fmt: skip
+    show(0.75, "measuring the distance from the reference")
+    kl = reply_kl(model, asked[candidate], candidate, reference, config.temperature)
+    show(0.85, "asking for known facts")
+    known = load_probes() if probes is None else list(probes)
+    held = {v: probe_answers(model, tokenizer, known, v) for v in dict.fromkeys((candidate, reference))} if len(known) > OTHERS else {}
+
+    # 3. The verdict.
+    return judge(
+        replies[candidate], replies[live], replies[reference], kl, config, held.get(candidate), held.get(reference)
+    ).to_dict()
+
+
+def judge(
+    candidate: Replies, live: Replies, reference: Replies, kl: Tensor, config: GateConfig,
+    candidate_probe: Probe | None = None, reference_probe: Probe | None = None,
+) -> Verdict:  # fmt: skip
+    """The checks, from what was measured. kl: (B,) nats of each of the candidate's replies against the reference."""
+    if candidate.scores is None or live.scores is None:
+        raise GateError("the candidate's and the live version's replies need scores")
+    wins = win_shares(candidate.scores, live.scores, candidate.group)
+    win, low, high = mean_interval(wins)
+    mean_kl = float(kl.mean())
+    ratio = candidate.length / live.length
+    distinct = distinct_n(candidate.texts, 2) / max(distinct_n(reference.texts, 2), 1e-9)
+    rises = {
+        "broken": candidate.broken - reference.broken,
+        "refusals": refusal_rate(candidate.texts) - refusal_rate(live.texts),
+        "repetition": repetition(candidate.texts) - repetition(reference.texts),
+    }
+    numbers = [win, mean_kl, ratio, distinct, *rises.values()]
+    if candidate_probe is not None:
+        numbers += [candidate_probe.loss, candidate_probe.accuracy]
+    checks = [
+        finite_check(sum(not math.isfinite(x) for x in numbers)),
+        Check(
+            "win_rate", finite(low), config.min_win_rate, low > config.min_win_rate,
+            f"held-out reward members prefer it to the live version in {win:.0%} of pairs; the check is on the lower 95% bound",
+        ),
+        Check("kl", finite(mean_kl), config.max_kl, mean_kl <= config.max_kl, "nats a reply away from the reference"),
+        Check(
+            "length", finite(ratio), config.max_length_ratio, 1 / config.max_length_ratio <= ratio <= config.max_length_ratio,
+            f"{candidate.length:.0f} tokens a reply, the live version {live.length:.0f}; the limit holds either way",
+        ),
+        Check(
+            "broken", finite(rises["broken"]), config.max_broken_rise, rises["broken"] <= config.max_broken_rise,
+            f"{candidate.broken:.0%} of its replies are broken, of the reference's {reference.broken:.0%}",
+        ),
+        Check(
+            "repetition", finite(rises["repetition"]), config.max_repetition_rise, rises["repetition"] <= config.max_repetition_rise,
+            "share of 4-word runs that repeat within a reply, above the reference's",
+        ),
+        Check(
+            "distinct2", finite(distinct), config.min_distinct2_ratio, distinct >= config.min_distinct2_ratio,
+            "different word pairs over all its replies, against the reference's: a collapsed policy says the same to all",
+        ),
+        Check(
+            "refusals", finite(rises["refusals"]), config.max_refusal_rise, rises["refusals"] <= config.max_refusal_rise,
+            "share of replies that decline or do not know, above the live version's",
+        ),
+    ]  # fmt: skip
+    figures: dict[str, Any] = {
+        "win_rate": win, "win_rate_interval": [low, high], "kl": mean_kl, "prompts": len(wins), "replies": len(candidate.texts),
+        "length": candidate.length, "live_length": live.length, "broken": candidate.broken, "live_broken": live.broken,
+        "reference_broken": reference.broken, "distinct2": distinct_n(candidate.texts, 2), "refusals": refusal_rate(candidate.texts),
+    }  # fmt: skip
+    if candidate_probe is not None and reference_probe is not None:
+        rise = candidate_probe.loss - reference_probe.loss
+        fall = reference_probe.accuracy - candidate_probe.accuracy
+        checks += [
+            Check(
+                "probe_loss", finite(rise), config.max_probe_loss_rise, rise <= config.max_probe_loss_rise,
+                f"nats a token on known answers, above the reference's {reference_probe.loss:.2f}",
+            ),
+            Check(
+                "probe_accuracy", finite(fall), config.max_probe_accuracy_fall, fall <= config.max_probe_accuracy_fall,
+                f"it tells the known answer from {OTHERS} wrong ones in {candidate_probe.accuracy:.0%}, the reference in "
+                f"{reference_probe.accuracy:.0%}",
+            ),
+        ]  # fmt: skip
+        figures |= {"probe": asdict(candidate_probe), "reference_probe": asdict(reference_probe)}
+    return Verdict(tuple(checks), figures)
+
+
+def finite_check(bad: int) -> Check:
+    """All numbers of the candidate are finite; `bad` are not."""
+    return Check("finite", float(bad), 0.0, bad == 0, "weights or figures that are NaN or infinite")
+
+
+def finite(x: float) -> float | None:
+    """x for JSON: None when it is NaN or infinite."""
+    return x if math.isfinite(x) else None
+
+
+def win_shares(ours: Tensor, theirs: Tensor, group: int) -> Tensor:
+    """(B, members) scores of both -> (prompts,): share of pairs of replies to one prompt, over members, that ours wins.
+
+    Ties count half. NaN never wins.
+    """
+    a = ours.view(-1, group, 1, ours.shape[1])
+    b = theirs.view(-1, 1, group, theirs.shape[1])
+    return ((a > b).float() + 0.5 * (a == b).float()).mean((1, 2, 3))
+
+
+def mean_interval(x: Tensor, confidence: float = 0.9) -> tuple[float, float, float]:
+    """Mean of independent x and its two-sided t interval; 90% two-sided is 95% each side.
+
+    A share cannot leave [0, 1]. With all x equal the spread says nothing, so the interval is at least that of one
+    more x at the far end (the rule of adding a pseudo-observation, Agresti & Coull 1998).
+    """
+    n = len(x)
+    mean = float(x.mean())
+    if n < 2:
+        return mean, 0.0, 1.0
+    seen = torch.cat([x, x.new_tensor([1.0 - round(mean)])]) if float(x.std()) == 0 else x
+    half = float(student.ppf((1 + confidence) / 2, len(seen) - 1)) * float(seen.std()) / math.sqrt(len(seen))
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+@torch.no_grad()
+def reply_kl(model: CausalModel, batch: Trajectories, adapter: str, reference: str | None, temperature: float) -> Tensor:
+    """(B,) nats: log p - log q of each whole reply sampled from `adapter`; its mean estimates KL(adapter, reference)."""
+    total = torch.zeros(len(batch))
+    for rows in rollout.chunks(batch, range(len(batch)), CHUNK_TOKENS):
+        own, _ = rollout.reply_logprobs(model, batch, rows, adapter, temperature)
+        other, _ = rollout.reply_logprobs(model, batch, rows, reference, temperature)
+        total[rows.cpu()] = (own - other).sum(1).cpu()
+    return total
+
+
+@torch.no_grad()
+def probe_answers(model: CausalModel, tokenizer: ChatTokenizer, probes: Sequence[dict[str, str]], adapter: str | None) -> Probe:
+    """Loss on each probe's answer, and how often it is likelier, a token, than the answers of the next three probes.
+
+    Setting answers against each other is blind to style: a version that now prefers lists finds every plain sentence
+    less likely, the right one no more than the wrong ones.
+    """
+    prompts = [tokenizer.render([{"role": "user", "content": p["prompt"]}]) for p in probes]
+    answers = [[*tokenizer.encode(p["answer"]), tokenizer.eos_ids[0]] for p in probes]
+    n = len(probes)
+    pairs = [(i, (i + k) % n) for i in range(n) for k in range(OTHERS + 1)]
+    batch = rollout.collect(
+        [prompts[i] for i, _ in pairs], [answers[j] for _, j in pairs], texts=[""] * len(pairs), finish_reasons=["stop"] * len(pairs),
+        logprobs=[[0.0] * len(answers[j]) for _, j in pairs], group=1, pad_id=model.pad_id, device=model.device,
+    )  # fmt: skip
+    mean = torch.zeros(len(pairs))
+    for rows in rollout.chunks(batch, range(len(pairs)), CHUNK_TOKENS):
+        logprobs, _ = rollout.reply_logprobs(model, batch, rows, adapter, 1.0)
+        mean[rows.cpu()] = (logprobs.sum(1) / batch.lengths[rows]).cpu()
+    each = mean.view(n, OTHERS + 1)
+    right = each[:, 0] > each[:, 1:].max(1).values
+    return Probe(float(-each[:, 0].mean()), float(right.float().mean()))
+
+
+def load_probes(path: Path = PROBES) -> list[dict[str, str]]:
+    """The bundled known answers; none where the file is absent. Raises GateError when it is damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [{"prompt": str(row["prompt"]), "answer": str(row["answer"])} for row in rows]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise GateError(f"{path.name} is not JSONL with prompt and answer: restore it ({error!r})") from error
