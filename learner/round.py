@@ -1,0 +1,401 @@
+"""One round, top to bottom: votes, data digest, reward model, PPO, gate, publish, record.
+
+Owns the order of things, what is recorded so that a round can be run again, and that nothing half-made is published:
+whatever goes wrong ends in a record with a reason. Does not own the parts (`reward.py`, `ppo.py`, `gate.py`) or when a
+round runs (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from engine.engine import BASE, probe
+from engine.lora import AdapterError
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner.config import LearnerConfig
+from learner.data import (
+    RankedExample,
+    Renderer,
+    data_digest,
+    examples_from_votes,
+    prompt_groups,
+    prompt_key,
+    split_folds,
+)
+from learner.gate import GateError, run_gate
+from learner.metrics import agreement, length_slope, pair_accuracy, reward_report
+from learner.ppo import PPOError, train_ppo
+from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
+from learner.starter.prompts import ask
+from learner.starter.topics import topics
+from store.adapters import AdapterRegistry
+from store.errors import CorruptAdapter
+from store.files import read_json, write_json
+from store.rounds import RoundFiles
+
+log = structlog.get_logger("plaudit.learner")
+POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
+DRAFT = "draft.json"  # the record as it stands just before publishing
+PROBE = "Hello! Who are you, and what can you do for me?"
+SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
+Report = Callable[[str, float, str], None]
+
+
+class RoundStopped(Exception):
+    """The round ends without a new version, for a reason that people may read. `state`: not_ready or failed."""
+
+    def __init__(self, state: str, reason: str) -> None:
+        super().__init__(reason)
+        self.state = state
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of the prompts of one round: what PPO practises on, and what the gate asks. They share none."""
+
+    practice: tuple[tuple[int, ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
+
+
+class Learner:
+    """The model in memory, and where rounds and versions are kept."""
+
+    def __init__(
+        self, model: CausalModel, tokenizer: ChatTokenizer, config: LearnerConfig, files: RoundFiles, registry: AdapterRegistry
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.files, self.registry = files, registry
+
+    @classmethod
+    def load(cls, source: str | Path, config: LearnerConfig, files: RoundFiles, registry: AdapterRegistry) -> Learner:
+        """Load model and tokenizer as `config` says. Raises engine.model.ModelError."""
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        name = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
+        model = CausalModel.load(source, dtype=getattr(torch, name), device=device)
+        return cls(model, ChatTokenizer.load(source), config, files, registry)
+
+    def run_round(self, n: int, voted: Sequence[Any], live: str, *, run_requested: int, report: Report) -> dict[str, Any]:
+        """Run round `n` on the standing votes `voted`, starting from version `live`; write and return its record.
+
+        States: published (a version that passed its gate), rejected (a version that did not), not_ready (the reward
+        model is not good enough yet), failed. Only what is not an Exception gets out, such as the worker's Stopped.
+        """
+        record: dict[str, Any] = {
+            "round": n, "state": "failed", "reason": None, "started": time.time(), "ended": None, "votes": len(voted),
+            "vote_ids": [str(item.vote.id) for item in voted], "last_seq": max((item.vote.seq for item in voted), default=0),
+            "run_requested": run_requested, "seed": self.config.seed + n, "config": self.config.to_dict(),
+            "base_model": Path(self.model.source).name, "base_digest": self.model.digest, "parent": live, "reference": None,
+            "data_digest": None, "reward": None, "ppo": None, "gate": None, "version": None, "timings": {},
+        }  # fmt: skip
+        directory = self.files.directory(n)
+
+        def shown(stage: str, fraction: float, message: str) -> None:
+            low, high = SHARES[stage]
+            overall = low + (high - low) * min(max(fraction, 0.0), 1.0)
+            self.files.progress(n, stage=stage, fraction=round(overall, 3), message=message)
+            report(stage, overall, message)
+
+        try:
+            self.learn(record, voted, directory, shown)
+            write_json(directory / DRAFT, finite(record))  # should we be killed between publishing and recording
+            record["version"] = self.publish(record)
+            record["state"] = "rejected" if record["gate"]["verdict"] == "rejected" else "published"
+        except RoundStopped as stop:
+            record["state"], record["reason"] = stop.state, str(stop)
+        except (RewardDiverged, PPOError, GateError, AdapterError, CorruptAdapter) as error:
+            record["reason"] = first_line(error)
+        except Exception as error:  # a learner failure is a record, and never an endless restart
+            traceback.print_exc()
+            record["reason"] = f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self.clear()
+        record["ended"] = time.time()
+        self.files.finish(n, finite(record))
+        return record
+
+    def learn(self, record: dict[str, Any], voted: Sequence[Any], directory: Path, report: Report) -> None:
+        """Everything of a round but publishing; fills `record` and leaves the new policy in adapter POLICY.
+
+        Raises RoundStopped, RewardDiverged, PPOError, GateError, AdapterError, CorruptAdapter.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        config, seed, timings = LearnerConfig.from_dict(record["config"]), record["seed"], record["timings"]
+        torch.manual_seed(seed)
+        curves = SummaryWriter(str(directory / "tb"))
+        try:
+            # 1. Votes to data.
+            lap = Lap(timings)
+            examples = examples_from_votes(voted, self.tokenizer)[-config.reward.max_examples :]
+            record["data_digest"] = data_digest(examples)
+            prompts = choose_prompts(voted, self.tokenizer, config, seed)
+
+            # 2. Where the policy starts, and what it may not drift from.
+            start = self.load_version(record["parent"], START)
+            record["reference"] = self.reference_of(record["parent"], config.reference)
+            reference = self.load_version(record["reference"], REFERENCE)
+
+            # 3. The reward model: does it work?
+            reward, judges, record["reward"], may_train = train_reward(
+                self.model, examples, config, seed, lambda f, m: report("training_reward", f, m)
+            )
+            lap.mark("reward_s")
+            for step, loss in enumerate(record["reward"].get("held_out_loss", ())):
+                curves.add_scalar("reward/held_out_loss", loss, step)
+            if reward is None or judges is None or not may_train:
+                raise RoundStopped("not_ready", record["reward"]["words"])
+            reward.save(directory / "reward")
+            lap.mark("save_s")
+
+            # 4. PPO.
+            def curve(row: dict[str, Any]) -> None:
+                for name, value in row.items():
+                    if name != "update" and isinstance(value, int | float):
+                        curves.add_scalar(f"ppo/{name}", value, int(row["update"]))
+
+            result = train_ppo(
+                self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=config.ppo, start=start,
+                reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
+            )  # fmt: skip
+            lap.mark("ppo_s")
+            record["ppo"] = {
+                "updates": int(result.history[-1]["update"]), "kept_update": result.kept_update, "stopped": result.stopped,
+                "kl": result.kl, "history": result.history,
+            }  # fmt: skip
+            self.check_finite()
+            if result.kept_update == 0:
+                raise RoundStopped("failed", f"PPO brought nothing to keep: {result.stopped}")
+
+            # 5. The gate.
+            record["gate"] = run_gate(
+                self.model, self.tokenizer, judges, prompts=prompts.held_out, live=start, candidate=POLICY,
+                reference=reference, config=config.gate, seed=seed, progress=lambda f, m: report("gating", f, m),
+            )  # fmt: skip
+            lap.mark("gate_s")
+        finally:
+            curves.close()
+
+    def publish(self, record: dict[str, Any]) -> str:
+        """Make adapter POLICY the next version; its name."""
+        ids = self.tokenizer.render([{"role": "user", "content": PROBE}])
+        fields = {
+            "parent": record["parent"], "round": record["round"], "kind": "ppo", "base_digest": self.model.digest,
+            "base_model": record["base_model"], "data_digest": record["data_digest"], "seed": record["seed"],
+            "gate": finite(record["gate"]), "probe": probe(self.model, POLICY, ids), "reference": record["reference"],
+        }  # fmt: skip
+        return self.registry.publish(lambda path: self.model.lora.save(POLICY, path), fields).version
+
+    def load_version(self, version: str, name: str) -> str | None:
+        """Load a published version as adapter `name`; None for the base. Raises CorruptAdapter, AdapterError."""
+        if version == BASE:
+            return None
+        manifest = self.registry.verify(version)
+        if manifest.base_digest and manifest.base_digest != self.model.digest:
+            raise AdapterError(f"{version} was made for another base model than {self.model.source}")
+        self.model.lora.load(name, self.registry.path(version))
+        return name
+
+    def reference_of(self, version: str, wanted: str) -> str:
+        """The version that KL is measured against: as configured, or the instruction-finetuned ancestor of `version`,
+        or the base where it has none. Raises CorruptAdapter."""
+        if wanted != "auto":
+            return wanted
+        seen: set[str] = set()
+        while version != BASE and version not in seen:
+            manifest = self.registry.manifest(version)
+            if manifest.kind == "sft":
+                return version
+            seen.add(version)
+            version = manifest.parent
+        return BASE
+
+    def check_finite(self) -> None:
+        """Raises RoundStopped when the policy has a number that is not finite."""
+        for name, value in self.model.lora.parameters(POLICY).items():
+            if not bool(value.isfinite().all()):
+                raise RoundStopped("failed", f"the policy has a number that is not finite in {name}")
+
+    def clear(self) -> None:
+        """Take every adapter of the round out of the model."""
+        for name in self.model.lora.names():
+            self.model.lora.delete(name)
+
+
+class Lap:
+    """Seconds of the stages of a round, into a dict."""
+
+    def __init__(self, timings: dict[str, float]) -> None:
+        self.timings, self.began = timings, time.monotonic()
+
+    def mark(self, name: str) -> None:
+        """The stage `name` ends here and the next one begins."""
+        now = time.monotonic()
+        self.timings[name], self.began = round(now - self.began, 2), now
+
+
+def train_reward(
+    model: CausalModel, examples: Sequence[RankedExample], config: LearnerConfig, seed: int, progress: Callable[[float, str], None]
+) -> tuple[RewardModel | None, RewardModel | None, dict[str, Any], bool]:
+    """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start)."""
+    strict = [e for e in examples if e.strict]
+    report: dict[str, Any] = {"votes_used": len(examples), "strict": len(strict), "ties": sum(bool(e.tied) for e in examples)}
+    if len(strict) < config.min_votes:
+        more = config.min_votes - len(strict)
+        words = f"not yet: about {more} more votes ({len(strict)} that prefer one reply, too few to test)"
+        return None, None, report | {"verdict": "not_yet", "words": words}, False
+    try:
+        split = split_folds(examples, config.reward.folds, seed)
+    except ValueError as error:
+        return None, None, report | {"verdict": "not_yet", "words": f"not yet: {error}"}, False
+    usable = [fold for fold in split.folds if any(examples[i].strict for i in fold.train)]
+    split = replace(split, folds=tuple(usable))
+    checked = cross_validate(model, examples, split, config.reward, seed, lambda f, m: progress(0.55 * f, m))
+    clusters, _ = prompt_groups(examples)
+    groups = [e.groups for e in examples]
+    lengths = [[len(c) for c in e.completions_ids] for e in examples]
+    length_only: dict[int, float] = {}
+    for fold in split.folds:
+        slope = length_slope([lengths[i] for i in fold.train], [groups[i] for i in fold.train])
+        for i in fold.test:
+            accuracy = pair_accuracy([slope * math.log1p(n) for n in lengths[i]], groups[i])
+            if accuracy is not None:
+                length_only[i] = accuracy
+    figures, verdict = reward_report(checked.scores, length_only, groups, clusters, config.min_votes)
+    ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples])
+    report |= figures | {
+        "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
+        "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "members": config.reward.members,
+    }  # fmt: skip
+    if not verdict.may_train:
+        return None, checked.judges, report, False
+    reward = fit_members(model, examples, config.reward, checked.epochs, seed, lambda f, m: progress(0.55 + 0.45 * f, m))
+    return reward, checked.judges, report, True
+
+
+def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerConfig, seed: int) -> Prompts:
+    """People's own prompts, a share of them held out for the gate; bundled ones make up the numbers on both sides.
+
+    A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
+    versions apart by; the bundled ones are plain questions on everyday topics, practice and gate on different topics.
+    """
+    rng = random.Random(f"prompts/{seed}")
+    own: dict[str, tuple[int, ...]] = {}
+    for item in voted:
+        messages = [{"role": m["role"], "content": m["content"]} for m in item.comparison.messages]
+        key = prompt_key(messages)
+        if key not in own:
+            try:
+                own[key] = tuple(tokenizer.render(messages))
+            except ValueError:
+                continue
+    keys = sorted(own)
+    rng.shuffle(keys)
+    held = round(config.held_out_prompts * len(keys))
+    practice, held_out = [own[k] for k in keys[held:]], [own[k] for k in keys[:held]]
+    bundled = list(topics())
+    rng.shuffle(bundled)
+    half = len(bundled) // 2
+
+    def fill(prompts: list[tuple[int, ...]], wanted: int, some: Sequence[Any], phrased_anew: bool) -> None:
+        for topic in some[: max(0, wanted - len(prompts))]:
+            message = {"role": "user", "content": ask(topic, rng, held_out=phrased_anew)}
+            prompts.append(tuple(tokenizer.render([message])))
+
+    fill(practice, config.practice_prompts, bundled[:half], False)
+    fill(held_out, config.gate.prompts, bundled[half:], True)
+    known = set(practice)
+    return Prompts(tuple(dict.fromkeys(practice)), tuple(p for p in dict.fromkeys(held_out) if p not in known))
+
+
+def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple[int, str]]:
+    """Give every round that was cut short its record: what it published if it did, else abandoned. (round, state) each."""
+    published = {}
+    for version in registry.versions():
+        try:
+            manifest = registry.manifest(version)
+        except CorruptAdapter:
+            continue
+        published[manifest.round] = manifest
+    closed = []
+    for n in files.unfinished():
+        manifest = published.get(n)
+        try:
+            record = read_json(files.directory(n) / DRAFT)
+        except (FileNotFoundError, ValueError):
+            record = {}
+        if manifest is not None and record:
+            rejected = (manifest.gate or {}).get("verdict") == "rejected"
+            record |= {"state": "rejected" if rejected else "published", "version": manifest.version, "ended": manifest.created}
+        else:
+            record = {
+                "state": "abandoned", "reason": "the learner was stopped during this round; its votes go to the next",
+                "started": None, "ended": time.time(), "votes": 0, "reward": None, "ppo": None, "gate": None, "version": None,
+            }  # fmt: skip
+        files.finish(n, record)
+        closed.append((n, record["state"]))
+    return closed
+
+
+def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
+    """Run round `n` again from its recorded votes, seed, settings and start; publish nothing; compare.
+
+    Same means: the same data digest, and the same adapter bit for bit where the round published one. Wall-clock limits
+    are replaced by the number of updates that were done. Raises FileNotFoundError, RoundStopped when votes are gone.
+    """
+    from store.store import Store
+
+    files, registry = RoundFiles(data_dir / "rounds"), AdapterRegistry(data_dir / "adapters")
+    old = files.read(n)
+    config = LearnerConfig.from_dict(old["config"])
+    if old.get("ppo"):
+        config = replace(config, ppo=replace(config.ppo, max_seconds=math.inf, max_updates=old["ppo"]["updates"]))
+    with Store.open(data_dir, read_only=True) as store:
+        by_id = {str(item.vote.id): item for item in store.voted_comparisons()}
+    gone = [vote for vote in old["vote_ids"] if vote not in by_id]
+    if gone:
+        raise RoundStopped("failed", f"round {n} cannot be replayed: {len(gone)} of its votes were withdrawn or replaced since")
+    torch.set_num_threads(config.threads)
+    learner = Learner.load(source, config, files, registry)
+    record = {
+        key: old[key] for key in ("round", "seed", "parent", "base_model")
+    } | {"config": config.to_dict(), "timings": {}, "reward": None, "ppo": None, "gate": None}  # fmt: skip
+    digest, state = None, None
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            learner.learn(record, [by_id[vote] for vote in old["vote_ids"]], Path(scratch), lambda *_: None)
+            learner.model.lora.save(POLICY, Path(scratch) / "adapter")
+            digest = hashlib.sha256((Path(scratch) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+        except RoundStopped as stop:
+            state = stop.state
+    published = registry.manifest(old["version"]).files["adapter_model.safetensors"] if old["version"] else None
+    same = record["data_digest"] == old["data_digest"] and digest == published and state in (None, old["state"])
+    return {"round": n, "same": same, "data_digest": record["data_digest"], "adapter_sha256": digest, "published_sha256": published}
+
+
+def finite(value: Any) -> Any:
+    """`value` ready for JSON: NaN and infinity become None, numbers are rounded to six digits."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, shortened."""
+    return (str(error).splitlines() or [""])[0][:300]

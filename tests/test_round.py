@@ -1,0 +1,278 @@
+"""One round on a tiny model: what it publishes, what it records, what it refuses, and that it can be run again."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.engine import probe
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner import round as round_module
+from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
+from learner.ppo import PPOError
+from learner.round import Learner, choose_prompts, close_unfinished, replay_round
+from store.adapters import AdapterRegistry
+from store.records import Completion, NewComparison
+from store.rounds import RoundFiles
+from store.store import Store
+
+LOOSE = GateConfig(
+    prompts=4, replies_per_prompt=2, max_new_tokens=8, min_win_rate=-1.0, max_kl=1e9, max_length_ratio=1e9,
+    max_broken_rise=2.0, min_distinct2_ratio=-1.0, max_refusal_rise=2.0, max_probe_loss_rise=1e9,
+)  # fmt: skip
+QUICK = LearnerConfig(
+    round_votes=4, practice_prompts=6, heartbeat_s=0.2, poll_s=0.1,
+    reward=RewardConfig(members=2, folds=3, epochs=1, lora_r=4, lora_alpha=8, ridge=0.01, pass_examples=8),
+    ppo=PPOConfig(updates=2, prompts_per_update=2, replies_per_prompt=2, max_new_tokens=8, lora_r=4, lora_alpha=8, kl_ceiling=1e6, epochs=1,
+                  max_seconds=600.0),
+    gate=LOOSE,
+)  # fmt: skip
+
+
+def vote_on(store: Store, tokenizer: ChatTokenizer, count: int, *, first: int = 0, clear: bool = True, seed: int = 0) -> None:
+    """`count` comparisons of two replies, with a vote each. `clear`: the winner repeats one word; else a coin decides."""
+    for n in range(first, first + count):
+        rng = random.Random(f"{seed}/{n}")
+        draw = lambda k: tuple(rng.randrange(5, 400) for _ in range(k))  # noqa: E731, B023
+        best = rng.randrange(2)
+        replies = [(*draw(4), 1), (*draw(4), 1)]
+        if clear:
+            replies[best] = (*draw(2), *[7] * 6, 1)
+        comparison = store.record_comparison(NewComparison(
+            id=f"cmp-{n}", conversation_id=f"conv-{n}", voter="ann",
+            messages=({"role": "user", "content": f"Question number {n}?"},), settings={"temperature": 1.0},
+            completions=tuple(
+                Completion(i, tokenizer.decode(list(ids)), ids, (-1.0,) * len(ids), "base", "stop", n) for i, ids in enumerate(replies)
+            ),
+        ))  # fmt: skip
+        store.record_vote(comparison.id, "ann", groups=[[best], [1 - best]], kind="favourite")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> CausalModel:
+    return CausalModel.load(tiny_llama)
+
+
+def learner_on(data_dir: Path, model: CausalModel, tokenizer: ChatTokenizer, config: LearnerConfig = QUICK) -> Learner:
+    return Learner(model, tokenizer, config, RoundFiles(data_dir / "rounds"), AdapterRegistry(data_dir / "adapters"))
+
+
+def run(learner: Learner, voted: list[Any], live: str = "base", seen: list | None = None) -> dict[str, Any]:
+    report = lambda *what: seen.append(what) if seen is not None else None  # noqa: E731
+    return learner.run_round(learner.files.begin(), voted, live, run_requested=0, report=report)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, model: CausalModel, tokenizer: ChatTokenizer) -> tuple[Path, dict, list]:
+    """A data directory in which one round has published a version, its record, and the progress it reported."""
+    data_dir = tmp_path_factory.mktemp("round")
+    seen: list = []
+    with Store.open(data_dir) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(data_dir, model, tokenizer), store.voted_comparisons(), seen=seen)
+    return data_dir, record, seen
+
+
+def test_a_round_publishes_a_version_with_its_lineage(published: tuple, model: CausalModel) -> None:
+    data_dir, record, _ = published
+    assert record["state"] == "published", record["reason"]
+    manifest = AdapterRegistry(data_dir / "adapters").verify(record["version"])
+    assert (manifest.version, manifest.parent, manifest.round, manifest.kind) == ("v000001", "base", 1, "ppo")
+    assert manifest.data_digest == record["data_digest"] and manifest.seed == record["seed"] == 1
+    assert manifest.base_digest == model.digest and manifest.gate["verdict"] == record["gate"]["verdict"] != "rejected"
+
+
+def test_the_published_probe_is_what_the_adapter_says(published: tuple, tiny_llama: Path) -> None:
+    data_dir, record, _ = published
+    manifest = AdapterRegistry(data_dir / "adapters").manifest(record["version"])
+    fresh = CausalModel.load(tiny_llama)
+    fresh.lora.load("again", data_dir / "adapters" / record["version"])
+    again = probe(fresh, "again", manifest.probe["prompt_ids"])
+    assert again["top_ids"] == manifest.probe["top_ids"]
+    assert again["top_logprobs"] == pytest.approx(manifest.probe["top_logprobs"], abs=1e-5)
+    base = probe(fresh, None, manifest.probe["prompt_ids"])
+    assert base["top_logprobs"] != pytest.approx(manifest.probe["top_logprobs"], abs=1e-5)  # it did change something
+
+
+def test_the_record_has_the_contracts_shape_and_all_it_takes_to_replay(published: tuple) -> None:
+    data_dir, record, _ = published
+    on_disk = json.loads((data_dir / "rounds" / "000001" / "round.json").read_text())
+    assert on_disk == json.loads(json.dumps(record))
+    assert {"round", "state", "started", "ended", "votes", "reward", "ppo", "gate", "version"} <= set(on_disk)
+    assert on_disk["votes"] == len(on_disk["vote_ids"]) == 24 and on_disk["last_seq"] == 24
+    assert LearnerConfig.from_dict(on_disk["config"]) == QUICK
+    reward = on_disk["reward"]
+    assert reward["verdict"] in ("works", "only_length") and reward["accuracy"]["low"] > 0.5
+    assert {"ece", "brier", "length_only", "agreement", "split", "interval", "words"} <= set(reward)
+    assert "only one voter" in reward["split"]
+    assert {"reward_s", "ppo_s", "gate_s"} <= set(on_disk["timings"])
+
+
+def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple) -> None:
+    directory = published[0] / "rounds" / "000001"
+    assert list((directory / "tb").glob("events*"))
+    assert (directory / "reward" / "member1" / "adapter_model.safetensors").is_file()
+
+
+def test_progress_goes_through_the_three_stages_and_never_back(published: tuple) -> None:
+    _, _, seen = published
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["training_reward", "ppo", "gating"]
+    fractions = [fraction for _, fraction, _ in seen]
+    assert fractions == sorted(fractions) and 0 <= fractions[0] and fractions[-1] <= 1
+
+
+def test_no_words_of_people_are_in_the_record(published: tuple) -> None:
+    data_dir, _, _ = published
+    for file in ("round.json", "progress.json"):
+        assert "Question number" not in (data_dir / "rounds" / "000001" / file).read_text()
+
+
+def test_a_round_run_again_from_its_record_is_the_same_bit_for_bit(published: tuple, tiny_llama: Path) -> None:
+    data_dir, record, _ = published
+    outcome = replay_round(data_dir, tiny_llama, 1)
+    assert outcome["same"] and outcome["adapter_sha256"] == outcome["published_sha256"]
+    assert AdapterRegistry(data_dir / "adapters").versions() == ["v000001"]  # nothing was published
+    changed = json.loads((data_dir / "rounds" / "000001" / "round.json").read_text()) | {"seed": 99}
+    RoundFiles(data_dir / "rounds").finish(2, changed) if (data_dir / "rounds" / "000002").mkdir() is None else None
+    assert not replay_round(data_dir, tiny_llama, 2)["same"]
+
+
+def test_the_next_round_starts_from_the_live_version(published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    data_dir, record, _ = published
+    with Store.open(data_dir, read_only=True) as store:
+        second = run(learner_on(data_dir, model, tokenizer), store.voted_comparisons(), live=record["version"])
+    assert second["parent"] == "v000001" and second["reference"] == "base"
+    assert second["state"] == "published", second["reason"]
+    assert second["ppo"]["history"][0]["kl"] != pytest.approx(0.0, abs=1e-6)  # it begins where the live version is
+    assert record["ppo"]["history"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert model.lora.names() == []  # a round leaves nothing in the model
+
+
+def test_votes_that_show_no_taste_start_no_ppo(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 16, clear=False)
+        record = run(learner_on(tmp_path, model, tokenizer), store.voted_comparisons())
+    assert record["state"] == "not_ready" and record["reason"].startswith("not yet: about")
+    assert record["ppo"] is None and record["version"] is None
+    assert AdapterRegistry(tmp_path / "adapters").versions() == []
+
+
+def test_a_round_without_votes_says_so(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    record = run(learner_on(tmp_path, model, tokenizer), [])
+    assert record["state"] == "not_ready" and "8 more votes" in record["reason"]
+
+
+def test_a_version_that_fails_its_gate_is_kept_as_rejected(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    strict = replace(QUICK, gate=replace(LOOSE, max_kl=-1.0))
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
+    assert record["state"] == "rejected" and record["version"] == "v000001"
+    assert AdapterRegistry(tmp_path / "adapters").verify("v000001").gate["verdict"] == "rejected"
+
+
+def test_an_exploding_policy_is_dropped_and_never_published(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    wild = replace(QUICK, ppo=replace(QUICK.ppo, lr=1e30))
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer, wild), store.voted_comparisons())
+    assert record["state"] == "failed" and record["reason"]
+    assert AdapterRegistry(tmp_path / "adapters").versions() == [] and model.lora.names() == []
+
+
+def test_a_failing_part_ends_in_a_record_with_its_reason(
+    tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise PPOError("value_loss is not a finite number")
+
+    monkeypatch.setattr(round_module, "train_ppo", fail)
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer), store.voted_comparisons())
+    assert (record["state"], record["reason"]) == ("failed", "value_loss is not a finite number")
+    assert RoundFiles(tmp_path / "rounds").read(1)["reason"] == record["reason"]
+
+
+def test_a_corrupt_live_version_fails_the_round_by_name(tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    source = AdapterRegistry(published[0] / "adapters").path("v000001")
+    registry.publish(lambda d: [(d / f).write_bytes((source / f).read_bytes()) for f in ("adapter_config.json", "adapter_model.safetensors")], {})
+    with (registry.path("v000001") / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(200)
+        file.write(b"\xff\xff")
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer), store.voted_comparisons(), live="v000001")
+    assert record["state"] == "failed" and "v000001: adapter_model.safetensors" in record["reason"]
+
+
+def test_the_reference_is_the_finetuned_ancestor_where_there_is_one(tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    source = AdapterRegistry(published[0] / "adapters").path("v000001")
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    for fields in ({"kind": "sft"}, {"kind": "ppo", "parent": "v000001"}, {"kind": "ppo"}):
+        registry.publish(lambda d: [(d / f).write_bytes((source / f).read_bytes()) for f in files], fields)
+    learner = learner_on(tmp_path, model, tokenizer)
+    assert learner.reference_of("v000002", "auto") == "v000001"
+    assert learner.reference_of("v000001", "auto") == "v000001"
+    assert learner.reference_of("v000003", "auto") == "base"
+    assert learner.reference_of("v000002", "base") == "base"
+
+
+def test_practice_and_gate_prompts_are_different_and_come_from_people_first(published: tuple, tokenizer: ChatTokenizer) -> None:
+    with Store.open(published[0], read_only=True) as store:
+        voted = store.voted_comparisons()
+    prompts = choose_prompts(voted, tokenizer, QUICK, 3)
+    own = {tuple(tokenizer.render(list(item.comparison.messages))) for item in voted}
+    assert not set(prompts.practice) & set(prompts.held_out)
+    assert own <= set(prompts.practice) | set(prompts.held_out)
+    assert len(own & set(prompts.held_out)) == round(0.2 * 24)
+    assert choose_prompts(voted, tokenizer, QUICK, 3) == prompts != choose_prompts(voted, tokenizer, QUICK, 4)
+    few = choose_prompts(voted[:2], tokenizer, QUICK, 3)
+    assert len(few.practice) == QUICK.practice_prompts and len(few.held_out) == LOOSE.prompts
+
+
+def test_a_round_cut_short_is_abandoned_and_one_that_had_published_is_not(tmp_path: Path, published: tuple) -> None:
+    files, registry = RoundFiles(tmp_path / "rounds"), AdapterRegistry(tmp_path / "adapters")
+    assert files.begin() == 1
+    assert close_unfinished(files, registry) == [(1, "abandoned")]
+    assert files.read(1)["state"] == "abandoned" and not files.read(1).get("last_seq")
+    n = files.begin()  # killed after the rename of the version, before the record
+    (files.directory(n) / "draft.json").write_text(json.dumps({"round": n, "state": "failed", "last_seq": 7, "version": None}))
+    source = AdapterRegistry(published[0] / "adapters").path("v000001")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    registry.publish(lambda d: [(d / f).write_bytes((source / f).read_bytes()) for f in names], {"round": n, "gate": {"verdict": "passed", "checks": []}})
+    assert close_unfinished(files, registry) == [(2, "published")]
+    assert files.read(2)["version"] == "v000001" and files.read(2)["last_seq"] == 7
+    assert close_unfinished(files, registry) == []
+
+
+def test_a_policy_with_a_nan_is_never_published(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = round_module.train_ppo
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        with torch.no_grad():
+            next(iter(model.lora.parameters("policy").values())).view(-1)[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(round_module, "train_ppo", poisoned)
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer), store.voted_comparisons())
+    assert record["state"] == "failed" and "not finite" in record["reason"]
+    assert AdapterRegistry(tmp_path / "adapters").versions() == []
