@@ -221,7 +221,12 @@ class Deployment:
                 await self._take_in_version(version)
         for number in await asyncio.to_thread(self.rounds.finished):
             if number not in self._known_rounds:
-                record = await asyncio.to_thread(self.rounds.read, number)
+                try:
+                    record = await asyncio.to_thread(self.rounds.read, number)
+                except ValueError as damaged:
+                    log.warning("round_record_unreadable", round=number, kind=type(damaged).__name__)
+                    self._known_rounds.add(number)
+                    continue
                 await self._db(self.store.take_in_round, number, record)
                 self._known_rounds.add(number)
                 self.last_round = record
@@ -270,14 +275,16 @@ class Deployment:
         async with self._lock:
             if version != BASE and version not in self._known:
                 raise UnknownModel(f"there is no version {version[:64]!r}")
-            if version in self.refused:
-                raise NotPossible(f"{version} is not fit to serve: {self.refused[version]}")
+            if self.refused.get(version) == GATE_FAILED:
+                raise NotPossible(f"{version} is not fit to serve: {GATE_FAILED}")
             if version == self.live:
                 raise NotPossible(f"{version} is live already")
             try:
                 await self._load(version)
             except Unfit as unfit:
                 raise NotPossible(f"{version} is not fit to serve: {unfit}") from unfit
+            if self.refused.pop(version, None):  # its files were put right since
+                await self._db(self.store.set_status, version, "candidate")
             candidate = None if version == self.candidate else self.candidate
             await self._deploy(version, self.live, candidate, actor, "promote")
 

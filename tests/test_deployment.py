@@ -193,6 +193,12 @@ def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_lla
             assert c.post(f"/v1/adapters/{version}/promote").status_code == 409
             assert c.post("/v1/chat/completions", json={"messages": HELLO, "model": f"plaudit@{version}"}).status_code == 404
         assert c.post("/v1/adapters/v000099/promote").status_code == 404
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))  # restored, as the refusal advised
+        assert c.post(f"/v1/adapters/{flipped}/promote").json()["live"] == flipped
+        assert ask(c, 1)["model"] == f"plaudit@{flipped}"
+        row = c.get(f"/v1/adapters/{flipped}").json()
+        assert (row["status"], row["reason"]) == ("live", None)
         assert c.post(f"/v1/adapters/{'..%2f' * 3}/promote").status_code == 404
 
 
@@ -328,6 +334,9 @@ def test_an_uploaded_adapter_is_checked_and_becomes_a_candidate(tiny_llama: Path
 def test_finished_rounds_are_taken_in(tiny_llama: Path, tmp_path: Path) -> None:
     files = RoundFiles(tmp_path / "rounds")
     with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        n = files.begin()
+        (files.directory(n) / "round.json").write_text("{")  # unreadable: skipped, the next one is not held up
+        running.until(lambda: n in running.runtime.deployment._known_rounds)
         n = files.begin()
         files.heartbeat(state="ppo", round=n, progress=0.25)
         assert c.get("/v1/rounds").json()["data"][0]["state"] == "ppo"
