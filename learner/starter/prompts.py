@@ -1,0 +1,91 @@
+"""What people ask the starter model about its topics. Owns the phrasings, and which of them are held out of training."""
+
+from __future__ import annotations
+
+from random import Random
+
+from learner.starter.topics import Topic
+
+# {n}: the topic's name; {be}: is or are.
+THING = (
+    "Tell me about {n}.", "What {be} {n}?", "Explain {n}.", "Can you explain {n}?", "Can you tell me about {n}?",
+    "What do you know about {n}?", "I want to learn about {n}.", "Describe {n}.", "Teach me about {n}.",
+    "Give me some information about {n}.", "What can you tell me about {n}?", "Tell me something about {n}.",
+    "I would like to know more about {n}.", "Please explain {n} to me.", "Please tell me about {n}.", "{N}", "{N}?",
+    "How would you describe {n}?", "What should I know about {n}?", "Explain {n} to a beginner.", "Talk about {n}.",
+    "Let's talk about {n}.", "I am curious about {n}.", "Do you know anything about {n}?", "Could you explain {n}?",
+    "Give me an introduction to {n}.", "What {be} {n} all about?", "Explain {n} to a child.", "I have a question about {n}.",
+    "Tell me what you know about {n}.", "My daughter asked me about {n}. What should I say?", "Why {be} {n} interesting?",
+    "What is special about {n}?", "I don't know much about {n}. Can you help?", "Can you help me understand {n}?",
+    "What makes {n} interesting?", "Say something about {n}.", "Give me some facts about {n}.", "I'd like to hear about {n}.",
+    "Can we talk about {n}?", "I need to learn about {n} for school.", "Are there interesting facts about {n}?",
+)
+THING_HELD_OUT = (
+    "I wonder what {n} {be} like. Any thoughts?", "Could you please tell me a bit about {n}?", "Help me learn about {n}.",
+    "What would you say about {n}?", "I keep hearing about {n}. Tell me more.", "Give a short talk on {n}.",
+    "Someone mentioned {n} today. What {be} {n}?", "Share what you know about {n}.", "Could you describe {n} for me?",
+    "I have never understood {n}. Please explain.",
+)
+HOW = (
+    "How do I {n}?", "How can I {n}?", "How do you {n}?", "What is the best way to {n}?", "How should I {n}?",
+    "Tell me how to {n}.", "Explain how to {n}.", "Can you tell me how to {n}?", "Teach me to {n}.", "I want to {n}.",
+    "I need help. How do I {n}?", "Give me tips on how to {n}.", "Do you have any tips on how to {n}?", "How to {n}?",
+    "how to {n}", "I don't know how to {n}.", "I would like to {n}. Where do I start?", "Please help me {n}.",
+    "What is a good way to {n}?", "Can you help me {n}?", "Could you explain how to {n}?", "Show me how to {n}.",
+    "What should I do to {n}?", "What do I need to do to {n}?", "Any advice on how to {n}?", "How does one {n}?",
+)
+HOW_HELD_OUT = (
+    "I have to {n} tomorrow. Any ideas?", "Could you teach me how to {n}?", "What are the steps to {n}?",
+    "Is there an easy way to {n}?", "I am trying to {n}. What do you suggest?", "Walk me through how to {n}.",
+)
+WISHES = {  # said before or after a prompt to ask for a style
+    "short": ("Keep it short.", "In one sentence, please.", "Be brief.", "Answer briefly.", "Give me a short answer."),
+    "detailed": ("Give me a detailed answer.", "Explain in detail.", "Please write a whole paragraph.", "Tell me a lot."),
+    "list": ("Give me a list.", "Use bullet points.", "Answer with a list, please.", "As a list, please.", "List some points."),
+    "friendly": ("Be friendly.", "Use a friendly tone.", "Make it fun!", "Be cheerful, please."),
+    "formal": ("Use a formal tone.", "Answer formally.", "Be formal, please.", "Write it in a formal style."),
+}
+FOLLOW_UPS = {  # said after a reply, about the same topic
+    "short": ("Shorter, please.", "Can you make it shorter?", "Too long.", "In one sentence?", "Sum it up.", "tl;dr"),
+    "detailed": ("Tell me more.", "More details, please.", "Can you explain more?", "Go on.", "What else?", "more"),
+    "list": ("As a list, please.", "Can you make that a list?", "Put it in bullet points.", "Give me a list."),
+    "friendly": ("Can you say it in a friendlier way?", "Make it more fun.", "That sounds dry. Cheer it up!"),
+    "formal": ("Say it more formally.", "Make it formal, please.", "Can you use a more formal tone?"),
+}
+SYSTEM = (
+    "You are a helpful assistant.", "You are a helpful, honest and harmless assistant.", "You are Plaudit.",
+    "You are a friendly chat assistant that answers questions.", "Answer the questions of the user.",
+    "You are an AI assistant. Be helpful.", "You are a knowledgeable assistant. Answer as well as you can.",
+)
+SYSTEM_STYLE = {
+    "short": ("Keep your answers short.", "You give brief answers."),
+    "detailed": ("You give detailed answers.", "Explain everything in detail."),
+    "list": ("Answer with bullet points.", "You always answer with a list."),
+    "friendly": ("You are a cheerful assistant.", "Be warm and friendly."),
+    "formal": ("You are a formal assistant.", "Use a formal tone."),
+}
+
+
+def fill(template: str, t: Topic) -> str:
+    return template.format(n=t.name, N=t.title, be=t.be)
+
+
+def ask(t: Topic, rng: Random, *, held_out: bool = False) -> str:
+    """A request to explain topic `t`, in a training or a held-out phrasing."""
+    if held_out:
+        return fill(rng.choice(HOW_HELD_OUT if t.how else THING_HELD_OUT), t)
+    return fill(rng.choice(HOW if t.how else THING), t)
+
+
+def roughen(prompt: str, rng: Random) -> str:
+    """Write a prompt as people type: now and then small letters, no full stop, a greeting or a "please"."""
+    shape = rng.random()
+    if shape < 0.10:
+        prompt = prompt.lower()
+    elif shape < 0.14:
+        prompt = rng.choice(("Hi! ", "Hello. ", "Hey, ", "Hello! ", "Okay. ")) + prompt
+    elif shape < 0.18 and prompt[-1] in ".?":
+        prompt = prompt[:-1] + rng.choice((" please.", ", please", " pls", "??", "!"))
+    if rng.random() < 0.10:
+        prompt = prompt.rstrip(".?!") or prompt
+    return prompt

@@ -1,0 +1,215 @@
+"""The recipe of the bundled starter model: tokenizer, pretraining, instruction finetuning, save. `plaudit starter` runs it.
+
+Everything is made from the corpus of this package by a seed; nothing is downloaded. Owns the model's shape and the
+order of the stages; the loop itself is `learner/sft.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from learner.sft import Example, SFTConfig, TrainResult, encode_chat, encode_text, train
+from learner.starter import corpus
+
+HERE = Path(__file__).parent
+ASSISTANT = HERE / "assistant"
+PAD, END = "<|pad|>", "<|end|>"
+SPECIAL = [PAD, END, "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CONTEXT = 2048  # positions; training text is far shorter, rotary embeddings carry the rest
+# Words with their leading space, single digits, runs of punctuation, line ends: so that merges never cross words.
+SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and lengths of the whole build. The defaults made the bundled weights."""
+
+    vocab_size: int = 3072
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    intermediate: int = 704
+    articles: int = 12_000
+    chats: int = 90_000
+    seed: int = 0
+    seconds: float = 2400.0  # of training, both stages
+    steps: int | None = None  # instead of seconds: a repeatable build
+    pretrain_share: float = 0.2  # of the seconds or steps
+    tokens_per_batch: int = 1024
+    lr: float = 3e-3
+    sft_lr: float = 2e-3
+    muon: bool = True
+    bf16: bool = True
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (any text can be written in it) with the chat template and the role tokens."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tok.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token=PAD, eos_token=END, model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tokenizer_for(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The tokenizer that the recipe's corpus gives; always learned from the first 20,000 texts of seed 0."""
+    def texts() -> Iterator[str]:
+        for c in corpus.chats(20_000, seed=0):
+            yield from (m["content"] for m in c.messages)
+
+    return train_tokenizer(texts(), recipe.vocab_size)
+
+
+def new_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings, random weights drawn by the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=recipe.hidden, intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=SPECIAL.index(END), pad_token_id=SPECIAL.index(PAD),
+    ))
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write a normal `save_pretrained` directory: safetensors (bfloat16, half the size), tokenizer, chat template."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+    )
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(state)
+    half.generation_config = model.generation_config
+    half.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator:
+    """A rich progress bar that the training loop reports to."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(label, total=1.0, figures="")
+
+        def show(s: dict) -> None:
+            figures = f"step {s['step']} loss {s['loss']:.3f} lr {s['lr']:.1e} {s['tokens_per_s']:.0f} tok/s"
+            bar.update(task, completed=s["progress"], figures=figures)
+            if s["step"] % 100 == 0 and not bar.console.is_terminal:
+                print(f"{label}: {figures}", flush=True)
+
+        yield show
+
+
+def stage(
+    name: str, model: LlamaForCausalLM, examples: list[Example], config: SFTConfig, work: Path, pad_id: int
+) -> TrainResult:
+    """One stage, with its checkpoint in `work`; a finished stage is not run again."""
+    with progress_bar(name) as show:
+        result = train(model, examples, config, pad_id=pad_id, checkpoint=work / f"{name}.pt", on_step=show)
+    print(f"{name}: {result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s, loss {result.loss:.3f}", flush=True)
+    return result
+
+
+def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, start: Path | None = None) -> dict:
+    """Train the starter model into `out`; checkpoints go to `work` and a second call resumes. Returns the figures.
+
+    `start` is a directory of earlier weights (this recipe's own) to finetune further, instead of pretraining afresh.
+    """
+    work = work or out.with_name(out.name + ".work")
+    tokenizer = AutoTokenizer.from_pretrained(start) if start else tokenizer_for(recipe)
+    pad_id = tokenizer.pad_token_id
+    talks = list(corpus.chats(recipe.chats, recipe.seed))
+    chats = [encode_chat(tokenizer, c.messages) for c in talks]
+    texts = [encode_text(tokenizer, a) for a in corpus.articles(recipe.articles, recipe.seed)]
+    # Pretraining reads everything as plain text: the articles, and chats with their prompts. Off-topic prompts are
+    # left out: they are noise on purpose, and nobody needs to predict them.
+    known = [e for e, c in zip(chats, talks, strict=True) if c.kind in ("topic", "question", "small talk")]
+    texts += [Example(e.ids, (False,) + (True,) * (len(e.ids) - 1)) for e in known[: recipe.articles]]
+    if start:
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    else:
+        model = new_model(recipe, len(tokenizer))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters} parameters, {len(tokenizer)} tokens in the vocabulary, {len(chats)} chats", flush=True)
+
+    def config(share: float, lr: float) -> SFTConfig:
+        base = SFTConfig(lr=lr, seed=recipe.seed, tokens_per_batch=recipe.tokens_per_batch, muon=recipe.muon, bf16=recipe.bf16)
+        if recipe.steps is not None:
+            return replace(base, steps=max(1, round(recipe.steps * share)))
+        return replace(base, steps=None, seconds=recipe.seconds * share)
+
+    figures = {"parameters": parameters, "vocabulary": len(tokenizer)}
+    share = 0.0 if start else recipe.pretrain_share
+    if share:
+        figures["pretraining"] = stage("pretraining", model, texts, config(share, recipe.lr), work, pad_id).__dict__
+    figures["finetuning"] = stage("finetuning", model, chats, config(1 - share, recipe.sft_lr), work, pad_id).__dict__
+    save(model, tokenizer, out)
+    return figures
+
+
+def write_prompts(folder: Path = HERE) -> None:
+    """Write the prompt lists and the probe set that voters, rollouts, benchmarks and gates read."""
+    for name, count, seed, held_out in (("train", 300, 1, False), ("heldout", 100, 2, True), ("pool", 400, 3, False)):
+        lines = corpus.training_prompts(count, seed, held_out=held_out)
+        (folder / f"prompts_{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in corpus.probes())
+    (folder / "probe.jsonl").write_text(rows, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: `python -m learner.starter.recipe --out DIR [--seconds N | --steps N] [--seed N]`."""
+    parser = argparse.ArgumentParser(description="Train the starter model from scratch.")
+    parser.add_argument("--out", type=Path, default=Path("starter-model"))
+    parser.add_argument("--work", type=Path, help="checkpoints (default: OUT.work)")
+    parser.add_argument("--seconds", type=float, default=Recipe.seconds)
+    parser.add_argument("--steps", type=int, help="a fixed number of steps instead of seconds")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--layers", type=int, default=Recipe.layers)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", action="store_true", help="only write the prompt lists and probes")
+    parser.add_argument("--continue-from", type=Path, help="finetune these weights further instead of starting afresh")
+    args = parser.parse_args(argv)
+    if args.prompts:
+        write_prompts()
+        return
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(seconds=args.seconds, steps=args.steps, seed=args.seed, layers=args.layers)
+    print(json.dumps(build(args.out, recipe, work=args.work, start=args.continue_from)))
+
+
+if __name__ == "__main__":
+    main()
