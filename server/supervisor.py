@@ -136,7 +136,9 @@ class Supervisor:
             with self.log_path.open("ab") as out:
                 child = await asyncio.create_subprocess_exec(
                     *launch, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, env=self.env,
-                    start_new_session=True,  # Ctrl-C in the terminal is for the server, which then stops the child
+                    # A process group of its own: Ctrl-C in the terminal is for the server, which then stops the child.
+                    # Not a session of its own: where Linux groups tasks by session, its niceness would count for nothing.
+                    process_group=0,
                 )
         except OSError as error:
             log.error("learner_not_started", kind=type(error).__name__, errno=error.errno)
