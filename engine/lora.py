@@ -136,10 +136,8 @@ class Mixture:
         for a, _, ranks in self.stacks.values():
             if ranks not in self.masks:
                 owner = torch.arange(self.count).repeat_interleave(torch.tensor(ranks))  # (R,)
-                mask = (torch.tensor(rows)[:, None] != owner)[:, None].to(
-                    a.device
-                )  # (rows, 1, R), True = not its own
-                self.masks[ranks] = None if one_for_all else mask
+                foreign = (torch.tensor(rows)[:, None] != owner)[:, None]  # (rows, 1, R), True = another's column
+                self.masks[ranks] = None if one_for_all else foreign.to(a.device)
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
         stack = self.stacks.get(linear)
@@ -148,9 +146,7 @@ class Mixture:
         a, b, ranks = stack
         h = F.linear(x, a)  # (rows, T, R)
         if (mask := self.masks[ranks]) is not None:
-            h = h.masked_fill(
-                mask, 0
-            )  # not a product: an overflow of one version must not reach another's rows
+            h = h.masked_fill(mask, 0)  # a product would carry one version's overflow into another's rows
         return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), b).view(y.shape)
 
 
