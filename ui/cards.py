@@ -119,7 +119,7 @@ def _choices(chat: Chat) -> str:
     if chat.phase in ("stopped", "failed"):
         return f'<div class="choices">{_button("retry", "R", "Try again")}</div>'
     if chat.phase == "streaming" or chat.comparison_id is None:
-        return '<div class="choices waiting" aria-hidden="true"></div>'
+        return '<div class="choices" role="group" aria-live="polite"></div>'
     buttons = [_button("tie", "T", "Tie", chat.choice == "tie"), _button("none", "N", "None good", chat.choice == "none")]
     if chat.phase == "voted":
         if chat.choice == "none":
@@ -129,7 +129,12 @@ def _choices(chat: Chat) -> str:
     else:
         keys = f"1–{len(chat.replies)}"
         hint = f'<span class="hint">Pick the reply you like<span class="keys">: click it, or press <kbd>{keys}</kbd></span></span>'
-    return f'<div class="choices" role="group" aria-label="Or say">{hint}{"".join(buttons)}</div>'
+    return f'<div class="choices" role="group" aria-live="polite">{hint}{"".join(buttons)}</div>'
+
+
+def status(line: str) -> str:
+    """The line under the box, read out to those who cannot see it change."""
+    return f'<p role="status">{line}</p>'
 
 
 def trouble(problem: Exception) -> str:

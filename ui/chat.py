@@ -47,11 +47,11 @@ class _Page:
         try:
             status = await self.client.status(who)
         except Problem as problem:
-            return identity, cards.masthead("chat"), cards.past([], None), cards.trouble(problem), _shown(problem.needs_key), chat
+            return identity, cards.masthead("chat"), cards.past([], None), cards.status(cards.trouble(problem)), _shown(problem.needs_key), chat
         chat.live_when_opened = status.get("live")
         return (
             identity, cards.masthead("chat", status.get("live")), await self.listed(who, chat),
-            status_line(status), _shown(False), chat,
+            cards.status(status_line(status)), _shown(False), chat,
         )
 
     async def listed(self, who: Visitor, chat: Chat) -> str:
@@ -66,11 +66,11 @@ class _Page:
         try:
             status = await self.client.status(visitor_of(identity, request))
         except Problem as problem:
-            return gr.skip(), cards.trouble(problem)
+            return gr.skip(), cards.status(cards.trouble(problem))
         chat.live_when_opened = chat.live_when_opened or status.get("live")
         return (
             cards.masthead("chat", status.get("live")),
-            status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened),
+            cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)),
         )
 
     async def typed(
@@ -187,7 +187,7 @@ class _Page:
             status = await self.client.status(who)
         except Problem:
             status = {}
-        return status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)
+        return cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened))
 
     async def restart(self, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """thread, exchange, send, stop, edit panel, history, chat: a new conversation."""
@@ -302,7 +302,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
                 )
                 send = gr.Button("Send", variant="primary", elem_id="send", scale=0, min_width=84)
                 stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=0, min_width=84, visible=False)
-            status = gr.HTML("", elem_id="status", js_on_load=None, apply_default_css=False)
+            status = gr.HTML(cards.status(""), elem_id="status", js_on_load=None, apply_default_css=False)
         timer = gr.Timer(POLL_S)
 
         opened = [identity, masthead, history, status, key_panel, chat]

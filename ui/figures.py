@@ -55,33 +55,19 @@ def pair(value: Any) -> tuple[float, float] | None:
 
 
 def accuracy_of(row: JSON) -> tuple[Any, Any]:
-    """Held-out accuracy of the reward model and its interval."""
-    found = find(row, "reward.accuracy", "reward.heldout_accuracy", "reward.held_out_accuracy")
-    interval = find(row, "reward.accuracy_interval", "reward.interval", "reward.accuracy_ci", "reward.ci")
-    if isinstance(found, dict):
-        interval = interval or find(found, "interval", "ci") or [find(found, "low"), find(found, "high")]
-        found = find(found, "value", "estimate", "mean", "accuracy")
-    return found, interval
+    """Held-out accuracy of the reward model, and its interval: `{"value", "low", "high"}` or a bare number."""
+    found = find(row, "reward.accuracy")
+    return (find(found, "value"), found) if isinstance(found, dict) else (found, find(row, "reward.accuracy_interval"))
 
 
 def kl_of(row: JSON) -> Any:
-    """KL from the reference in nats per reply, at the end of PPO."""
-    return check_value(row, "kl") or find(row, "ppo.kl", "ppo.final_kl", "ppo.kl_final", "gate.kl")
+    """KL from the reference in nats a reply: as the gate measured it, else as PPO did."""
+    return find(row, "gate.kl", "ppo.kl")
 
 
 def win_rate_of(row: JSON) -> Any:
-    """Win rate against the version that was live, as the gate measured it."""
-    found = check_value(row, "win_rate")
-    found = find(row, "gate.win_rate", "win_rate") if found is None else found
-    return find(found, "value", "estimate", "rate") if isinstance(found, dict) else found
-
-
-def check_value(row: JSON, name: str) -> Any:
-    """The figure of the gate's check `name`."""
-    for check in checks_of(find(row, "gate")):
-        if check.get("name") == name:
-            return find(check, "value", "figure")
-    return None
+    """Win rate against the version that was live, as the gate's held-out judges see it."""
+    return find(row, "gate.win_rate")
 
 
 def checks_of(gate: Any) -> list[JSON]:
@@ -92,7 +78,7 @@ def checks_of(gate: Any) -> list[JSON]:
 
 def failing(gate: Any) -> list[str]:
     """The names of the checks that failed, in words."""
-    bad = [c for c in checks_of(gate) if find(c, "passed", "ok", "pass") is False or c.get("verdict") in ("fail", "failed")]
+    bad = [c for c in checks_of(gate) if c.get("passed") is False]
     return [str(c.get("name") or "a check").replace("_", " ") for c in bad]
 
 
@@ -102,9 +88,9 @@ def verdict(gate: Any) -> str:
     if not isinstance(said, str):
         return DASH
     wrong = failing(gate)
-    good = said.lower() in ("passed", "pass", "accepted", "ok")
+    good = said.lower() in ("pass", "passed")
     detail = f'<small>{plain(", ".join(wrong))}</small>' if wrong else ""
-    return f'<span class="badge {"good" if good else "bad"}">{plain(said)}</span>{detail}'
+    return f'<span class="badge {"good" if good else "bad"}">{"passed" if good else plain(said)}</span>{detail}'
 
 
 def overview(adapters: JSON, stats: JSON) -> str:
@@ -205,7 +191,7 @@ def rounds(rows: list[JSON]) -> str:
         value, interval = accuracy_of(row)
         found = pair(interval)
         spread = f'<small>{100 * found[0]:.0f}–{100 * found[1]:.0f}%</small>' if found else ""
-        words = find(row, "reason", "verdict", "reward.verdict")
+        words = find(row, "reason", "reward.words")
         state = plain(row.get("state") or "")
         why = f"<small>{plain(words)}</small>" if isinstance(words, str) and not row.get("version") else ""
         votes = number(row.get("votes"))

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ui.chat import build_chat
 from ui.client import ApiClient
 from ui.operator import build_operator
-from ui.theme import HERE, head, theme
+from ui.theme import head, theme
 
 CLOSED = re.compile(
     r"(/gradio_api)?/(upload|upload_progress|proxy=.*|file=.*|file/.*|stream/.*|component_server|call/.*|run/.*|api/.*"
@@ -90,7 +90,6 @@ def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
             app, page, path=path, theme=theme(), head=head(), footer_links=[],
             run_history=False, ssr_mode=False, mcp_server=False, show_error=False, max_file_size=1, pwa=False,
             enable_monitoring=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
-            **({"favicon_path": str(HERE / "favicon.png")} if path == "/" and (HERE / "favicon.png").is_file() else {}),
         )
         route = app.router.routes[-1]
         route.app = Closed(route.app)  # type: ignore[attr-defined]

@@ -85,7 +85,8 @@ def learning(status: dict[str, Any]) -> str:
         votes = number(status.get("votes"))
         from_picks = f" from {count(int(votes), 'pick')}" if votes else ""
         done = fraction(status.get("progress"))
-        percent = f" … {round(done * 100)}%" if done is not None else " …"
+        # read out once, not at every percent
+        percent = f' <span aria-hidden="true">… {round(done * 100)}%</span>' if done is not None else " …"
         return f"The assistant is learning{from_picks}: {WORKING[state]}{percent}"
     if state == "paused":
         return "Learning is paused. Your picks are kept for when it goes on."

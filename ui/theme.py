@@ -8,6 +8,11 @@ import gradio as gr
 
 HERE = Path(__file__).parent
 FONTS = (gr.themes.Font("sans-serif"),)  # the style sheet names the system's own fonts; nothing is downloaded
+ICON = (
+    "<link rel='icon' href=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'>"
+    "<rect x='1' y='3' width='10' height='18' rx='3' fill='%23c9c5ba'/><rect x='13' y='3' width='10' height='18' rx='3' "
+    "fill='%230b6b62'/></svg>\">"
+)
 MONO = (gr.themes.Font("monospace"),)
 
 
@@ -21,7 +26,7 @@ def theme() -> gr.themes.Base:
 def head() -> str:
     """What goes into the page's `<head>`: style and keys. Gradio's own `css=` would rewrite the selectors, badly."""
     style, keys = (HERE / "style.css").read_text(), (HERE / "keys.js").read_text()
-    return f'<meta name="color-scheme" content="light dark"><style>{style}</style><script>{keys}</script>'
+    return f'<meta name="color-scheme" content="light dark">{ICON}<style>{style}</style><script>{keys}</script>'
 
 
 ACTING = (HERE / "acting.js").read_text()
