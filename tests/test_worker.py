@@ -1,0 +1,171 @@
+"""The learner's process: when it runs, how it stops, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.tokenizer import ChatTokenizer
+from learner.config import ConfigError, LearnerConfig
+from learner.worker import due, main, progress_so_far
+from store.adapters import AdapterRegistry
+from store.rounds import RoundFiles
+from store.store import Store
+from tests.test_round import vote_on
+
+FAST = {
+    "poll_s": 0.1, "heartbeat_s": 0.2, "practice_prompts": 4, "reward.members": 2, "reward.folds": 2, "reward.epochs": 0,
+    "reward.lora_r": 4, "reward.ridge": 0.01, "ppo.updates": 2, "ppo.prompts_per_update": 2, "ppo.replies_per_prompt": 2,
+    "ppo.max_new_tokens": 8, "ppo.lora_r": 4, "ppo.kl_ceiling": 1e6, "gate.prompts": 4, "gate.replies_per_prompt": 1,
+    "gate.max_new_tokens": 8,
+}  # fmt: skip
+SLOW = {**FAST, "ppo.updates": 100000, "ppo.max_seconds": 600}
+
+
+@contextmanager
+def worker(data_dir: Path, model: Path, settings: dict, *more: str) -> Iterator[subprocess.Popen]:
+    """A real learner process; it is gone at the end of the block."""
+    command = [sys.executable, "-m", "learner.worker", "--data-dir", str(data_dir), "--model", str(model), "--round-votes", "12"]
+    pairs = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with (data_dir / "learner.log").open("ab") as log:
+        child = subprocess.Popen([*command, *pairs, *more], stdout=log, stderr=log, env=environment, cwd=Path(__file__).parents[1])
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait(timeout=30)
+
+
+def until(condition: Callable[[], object], child: subprocess.Popen, log: Path, limit_s: float = 120.0) -> None:
+    """Wait for `condition`; fails with the log's end when the child dies or the time is up."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline or child.poll() is not None:
+            if condition():
+                return
+            pytest.fail(f"exit {child.poll()} after waiting; log ends:\n{log.read_text()[-3000:]}")
+        time.sleep(0.1)
+
+
+def state_of(files: RoundFiles) -> str | None:
+    return (files.read_heartbeat() or {}).get("state")
+
+
+@pytest.mark.parametrize(
+    ("new", "paused", "requested", "done", "expected"),
+    [
+        (12, False, 0, 0, True), (11, False, 0, 0, False), (40, True, 0, 0, False),
+        (0, False, 1, 0, True), (0, True, 2, 1, True), (11, False, 2, 2, False),
+    ],
+)  # fmt: skip
+def test_a_round_is_due_when_enough_votes_came_or_an_operator_asked(new: int, paused: bool, requested: int, done: int, expected: bool) -> None:
+    assert due(new, paused, requested, done, LearnerConfig(round_votes=12)) is expected
+
+
+def test_abandoned_rounds_have_used_no_votes_and_failed_ones_have(tmp_path: Path) -> None:
+    files = RoundFiles(tmp_path)
+    for record in ({"state": "published", "last_seq": 9, "run_requested": 1}, {"state": "failed", "last_seq": 20}, {"state": "abandoned", "last_seq": 99}):
+        files.finish(files.begin(), record)
+    assert progress_so_far(files) == (20, 1)
+
+
+def test_settings_are_checked_by_name() -> None:
+    assert LearnerConfig().override({"ppo.updates": "3"}).ppo.updates == 3
+    for wrong in ({"ppo.nothing": "1"}, {"ppo": "1"}, {"ppo.updates": "many"}, {"round_votes": "0"}, {"nothing.updates": "1"}):
+        with pytest.raises(ConfigError):
+            LearnerConfig().override(wrong)
+
+
+def test_a_wrong_setting_is_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--data-dir", str(tmp_path), "--set", "ppo.nothing=1"]) == 2
+    assert capsys.readouterr().err == "plaudit learn: unknown setting ppo.nothing\n"
+    assert main(["--data-dir", str(tmp_path), "--set", "ppo"]) == 2
+
+
+@pytest.mark.slow
+def test_it_waits_for_votes_runs_a_round_and_does_not_run_hot(tmp_path: Path, tiny_llama: Path) -> None:
+    files, log = RoundFiles(tmp_path / "rounds"), tmp_path / "learner.log"
+    tokenizer = ChatTokenizer.load(tiny_llama)
+    with worker(tmp_path, tiny_llama, FAST, "--parent-pid", str(os.getpid())) as child:
+        until(lambda: state_of(files) == "idle", child, log)
+        assert "no database" in files.read_heartbeat()["reason"]
+        with Store.open(tmp_path) as store:
+            vote_on(store, tokenizer, 11)
+            time.sleep(1.0)
+            assert files.all() == []  # one vote too few
+            vote_on(store, tokenizer, 1, first=11)
+            until(lambda: files.finished() == [1], child, log)
+            first = files.read(1)
+            assert first["state"] in ("published", "rejected"), first["reason"]
+            assert first["votes"] == 12 and first["last_seq"] == 12
+            vote_on(store, tokenizer, 4, first=12)
+            time.sleep(1.0)
+            assert files.all() == [1]
+            store.set_control(paused=True)
+            until(lambda: state_of(files) == "paused", child, log)
+            store.set_control(run_requested=1)  # an operator's wish counts also while paused
+            until(lambda: files.finished() == [1, 2], child, log)
+            assert files.read(2)["votes"] == 16 and files.read(2)["run_requested"] == 1
+            time.sleep(1.0)
+            assert files.all() == [1, 2]
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=10) == 0
+    assert files.read_heartbeat()["state"] == "stopped"
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert [line["event"] for line in lines].count("round_ended") == 2
+    assert "Question number" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_round_it_abandons_it_and_uses_the_votes_in_the_next(tmp_path: Path, tiny_llama: Path) -> None:
+    files, log = RoundFiles(tmp_path / "rounds"), tmp_path / "learner.log"
+    with Store.open(tmp_path) as store:
+        vote_on(store, ChatTokenizer.load(tiny_llama), 12)
+        with worker(tmp_path, tiny_llama, SLOW) as child:
+            until(lambda: state_of(files) == "ppo", child, log)
+            child.kill()
+        assert files.unfinished() == [1] and AdapterRegistry(tmp_path / "adapters").versions() == []
+        with worker(tmp_path, tiny_llama, FAST) as child:
+            until(lambda: files.finished() == [1, 2], child, log)
+        assert files.read(1)["state"] == "abandoned"
+        assert files.read(2)["votes"] == 12 and files.read(2)["state"] in ("published", "rejected"), files.read(2)["reason"]
+
+
+@pytest.mark.slow
+def test_told_to_stop_in_the_middle_of_a_round_it_stops_at_once_and_publishes_nothing(tmp_path: Path, tiny_llama: Path) -> None:
+    files, log = RoundFiles(tmp_path / "rounds"), tmp_path / "learner.log"
+    with Store.open(tmp_path) as store:
+        vote_on(store, ChatTokenizer.load(tiny_llama), 12)
+        with worker(tmp_path, tiny_llama, SLOW) as child:
+            until(lambda: state_of(files) == "ppo", child, log)
+            began = time.monotonic()
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(timeout=20) == 0
+            assert time.monotonic() - began < 10
+    assert files.finished() == [] and AdapterRegistry(tmp_path / "adapters").versions() == []
+    assert not list((tmp_path / "adapters").glob(".publishing-*"))
+
+
+@pytest.mark.slow
+def test_it_ends_when_its_parent_is_gone(tmp_path: Path, tiny_llama: Path) -> None:
+    with worker(tmp_path, tiny_llama, FAST, "--parent-pid", "1") as child:
+        assert child.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_there_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    with worker(tmp_path, tmp_path / "nothing", FAST) as child:
+        assert child.wait(timeout=60) == 1
+    last = (tmp_path / "learner.log").read_text().splitlines()[-1]
+    assert last.startswith("plaudit learn: ModelError:") and "nothing" in last
