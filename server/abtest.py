@@ -56,25 +56,29 @@ def e_value(outcomes: Sequence[float], mean: float = 0.5, *, side: Literal[1, -1
     """
     if not len(outcomes):
         return 1.0
-    x = np.asarray(outcomes, dtype=np.float64)
-    largest = 1 / mean if side == 1 else 1 / (1 - mean)  # a bet of this size risks everything on one vote
-    wealth = np.log1p(side * largest * BETS[:, None] * (x[None, :] - mean)).sum(1)  # (bets,)
-    peak = float(wealth.max())
     with np.errstate(over="ignore"):
-        return float(np.exp(peak) * np.exp(wealth - peak).mean())
+        return float(np.exp(_log_wealth(outcomes, np.array([mean]), side)[0]))
 
 
 def confidence_sequence(outcomes: Sequence[float], alpha: float = 0.05) -> tuple[float, float]:
     """Bounds of the mean that hold at all times together with probability 1 - alpha, on a grid of 0.01."""
-    kept = [
-        m
-        for m in np.linspace(0.01, 0.99, 99)
-        if e_value(outcomes, m, side=1) < 2 / alpha and e_value(outcomes, m, side=-1) < 2 / alpha
-    ]
-    if not kept:  # every vote the same way, many times: the mean is at an end of the grid
+    grid, limit = np.linspace(0.01, 0.99, 99), np.log(2 / alpha)
+    kept = grid[(_log_wealth(outcomes, grid, 1) < limit) & (_log_wealth(outcomes, grid, -1) < limit)]
+    if not len(kept):  # every vote the same way, many times: the mean is at an end of the grid
         return (0.99, 1.0) if np.mean(outcomes) > 0.5 else (0.0, 0.01)
-    low, high = float(min(kept)), float(max(kept))
+    low, high = float(kept.min()), float(kept.max())
     return (0.0 if low <= 0.01 else low), (1.0 if high >= 0.99 else high)
+
+
+def _log_wealth(outcomes: Sequence[float], means: np.ndarray, side: int) -> np.ndarray:
+    """Log wealth of the averaged bettor against each of `means`: (M,) -> (M,). Outcomes take few values: count them."""
+    x, counts = np.unique(np.asarray(outcomes, dtype=np.float64), return_counts=True)  # (U,), (U,)
+    m = means[:, None, None]  # (M, 1, 1)
+    largest = 1 / m if side == 1 else 1 / (1 - m)  # a bet of this size risks everything on one vote
+    steps = np.log1p(side * largest * BETS[:, None] * (x - m))  # (M, bets, U)
+    logs = (steps * counts).sum(-1)  # (M, bets)
+    peak = logs.max(-1)
+    return peak + np.log(np.exp(logs - peak[:, None]).mean(-1))
 
 
 def judge(outcomes: Sequence[float], *, odds: float = 20.0) -> AbTest:

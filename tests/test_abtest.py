@@ -15,9 +15,8 @@ HORIZON = 400
 
 def ever_reaches(rng: np.random.Generator, p: float, odds: float, runs: int, draw: str = "coin") -> float:
     """Share of simulated experiments, looked at after every vote, whose evidence ever reaches `odds`."""
-    x = rng.random((runs, HORIZON)) < p if draw == "coin" else rng.beta(2 * p, 2 * (1 - p), (runs, HORIZON))
-    steps = np.log1p(2 * BETS[:, None, None] * (x[None].astype(float) - 0.5))  # (bets, runs, votes)
-    wealth = np.exp(np.cumsum(steps, axis=2)).mean(0)
+    x = (rng.random((runs, HORIZON)) < p) * 1.0 if draw == "coin" else rng.beta(2 * p, 2 * (1 - p), (runs, HORIZON))
+    wealth = np.mean([np.cumprod(1 + 2 * bet * (x - 0.5), axis=1) for bet in BETS], axis=0)  # (runs, votes)
     return float((wealth.max(axis=1) >= odds).mean())
 
 
