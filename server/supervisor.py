@@ -149,9 +149,11 @@ class Supervisor:
         try:
             await asyncio.wait({ended, told}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
-                child.send_signal(signal.SIGTERM)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(ended), self._grace_s)
+                for _ in range(2):  # the first may be lost in a library's import; the second finds the default handler
+                    if not ended.done():
+                        child.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(ended), self._grace_s / 2)
                 if not ended.done():
                     log.warning("learner_killed", pid=child.pid)
                     child.kill()
