@@ -32,7 +32,7 @@ class RewardConfig:
     lr: float = 5e-4  # AdamW, adapters
     head_lr: float = 1e-4  # AdamW, scalar head, after its first fit
     weight_decay: float = 0.05
-    epochs: int = 2  # passes of LoRA training at most; the held-out loss says how many of them are used, 0 included
+    epochs: int = 1  # passes of LoRA training at most; the held-out loss says how many of them are used, 0 included
     pass_examples: int = 64  # comparisons of one pass at most, drawn anew each time: a round must stay short
     batch: int = 8  # comparisons a step
     patience: int = 1  # passes in a row that do not lower the held-out loss before it ends

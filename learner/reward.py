@@ -311,11 +311,10 @@ def cross_validate(
             progress((epoch + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {epoch}, fold {i + 1} of {len(fits)}")
             if epoch:
                 fits[i].epoch(epoch - 1)
-            test = [examples[j] for j in fold.test]
-            for j, example, held_out in zip(fold.test, test, reward.score_examples(test, [i]), strict=True):
-                scores[j] = held_out[:, 0].tolist()
-                if example.strict:
-                    losses.append(preference_loss(held_out[:, 0], example.strict, []).item())
+            for j, held_out in zip(fold.test, tested(reward, i, examples, features, fold.test, epoch), strict=True):
+                scores[j] = held_out.tolist()
+                if examples[j].strict:
+                    losses.append(preference_loss(held_out, examples[j].strict, []).item())
         curve.append(sum(losses) / max(1, len(losses)))
         if not math.isfinite(curve[-1]):
             raise RewardDiverged("the reward model's held-out loss is not a finite number")
@@ -326,6 +325,20 @@ def cross_validate(
     for i, state in enumerate(best[1]):
         restore(reward, i, state)
     return CrossValidation(best[0], curve, curve.index(min(curve)), reward)
+
+
+@torch.no_grad()
+def tested(
+    reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], test: Sequence[int], epoch: int
+) -> list[Tensor]:
+    """Scores (K,) of each tested example by one member. Before the first pass its adapter changes nothing, so the
+    base's features, which are there already, are enough."""
+    if not epoch:
+        head = reward.members[which].head.cpu()
+        scores = [head(features[j]).squeeze(-1) for j in test]
+        head.to(reward.model.device)
+        return scores
+    return [s[:, 0] for s in reward.score_examples([examples[j] for j in test], [which])]
 
 
 def fit_members(

@@ -39,8 +39,6 @@ from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_slope, pair_accuracy, reward_report
 from learner.ppo import PPOError, train_ppo
 from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
-from learner.starter.prompts import ask
-from learner.starter.topics import topics
 from store.adapters import AdapterRegistry
 from store.errors import CorruptAdapter
 from store.files import read_json, write_json
@@ -48,6 +46,7 @@ from store.rounds import RoundFiles
 
 log = structlog.get_logger("plaudit.learner")
 POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
+POOL = Path(__file__).parent / "starter" / "prompts_pool.txt"  # a prompt a line
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
@@ -289,7 +288,7 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     """People's own prompts, a share of them held out for the gate; bundled ones make up the numbers on both sides.
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
-    versions apart by; the bundled ones are plain questions on everyday topics, practice and gate on different topics.
+    versions apart by; the bundled ones are plain things to say to an assistant.
     """
     rng = random.Random(f"prompts/{seed}")
     own: dict[str, tuple[int, ...]] = {}
@@ -305,19 +304,14 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     rng.shuffle(keys)
     held = round(config.held_out_prompts * len(keys))
     practice, held_out = [own[k] for k in keys[held:]], [own[k] for k in keys[:held]]
-    bundled = list(topics())
-    rng.shuffle(bundled)
-    half = len(bundled) // 2
-
-    def fill(prompts: list[tuple[int, ...]], wanted: int, some: Sequence[Any], phrased_anew: bool) -> None:
-        for topic in some[: max(0, wanted - len(prompts))]:
-            message = {"role": "user", "content": ask(topic, rng, held_out=phrased_anew)}
-            prompts.append(tuple(tokenizer.render([message])))
-
-    fill(practice, config.practice_prompts, bundled[:half], False)
-    fill(held_out, config.gate.prompts, bundled[half:], True)
-    known = set(practice)
-    return Prompts(tuple(dict.fromkeys(practice)), tuple(p for p in dict.fromkeys(held_out) if p not in known))
+    pool = [tuple(tokenizer.render([{"role": "user", "content": line}])) for line in POOL.read_text("utf-8").splitlines() if line.strip()]
+    pool = sorted(set(pool) - set(own.values()))
+    rng.shuffle(pool)
+    while len(practice) < config.practice_prompts and pool:
+        practice.append(pool.pop())
+    while len(held_out) < config.gate.prompts and pool:
+        held_out.append(pool.pop())
+    return Prompts(tuple(practice), tuple(held_out))
 
 
 def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple[int, str]]:

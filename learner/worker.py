@@ -28,6 +28,7 @@ from store.rounds import RoundFiles
 from store.store import Store
 
 log = structlog.get_logger("plaudit.learner")
+GRACE_S = 5.0  # between being told to stop and being gone
 STARTER = Path(__file__).parent / "starter" / "assistant"  # the bundled model
 
 
@@ -202,8 +203,12 @@ def replay(data_dir: Path, model: str, n: int) -> int:
 
 
 def stop(signum: int, frame: object) -> None:
-    """Signal handler: unwind at once; a second signal finds the default handler."""
+    """Signal handler: unwind at once. A second signal finds the default handler, and `GRACE_S` later the process ends
+    whatever holds it up (an import may swallow what a handler raises); every file is whole or absent at any moment."""
     signal.signal(signum, signal.SIG_DFL)
+    last = threading.Timer(GRACE_S, os._exit, (0,))
+    last.daemon = True
+    last.start()
     raise Stopped
 
 
