@@ -19,6 +19,7 @@ from learner.sft import (
     encode_chat,
     encode_text,
     learning_rate,
+    make_optimizers,
     stream,
     token_loss,
     train,
@@ -120,6 +121,16 @@ def test_steps_and_seconds_exclude_each_other() -> None:
         SFTConfig(steps=3, seconds=3.0)
 
 
+def test_each_parameter_has_one_optimizer_and_muon_takes_only_the_matrices_inside_the_layers(tiny_llama: Path) -> None:
+    model = tiny(tiny_llama)
+    adamw, muon = make_optimizers(model, SFTConfig(muon=True))
+    names = {id(p): n for n, p in model.named_parameters()}
+    held = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in (adamw, muon)]
+    assert sorted(held[0] + held[1]) == sorted(names.values())
+    assert held[1] and all(n.endswith("_proj.weight") for n in held[1])
+    assert len(make_optimizers(model, SFTConfig())) == 1
+
+
 def test_training_lowers_the_loss_and_teaches_the_replies(tiny_llama: Path, tokenizer) -> None:
     model = tiny(tiny_llama)
     seen: list[dict] = []
@@ -132,9 +143,12 @@ def test_training_lowers_the_loss_and_teaches_the_replies(tiny_llama: Path, toke
     assert tokenizer.decode(out[0, prompt["input_ids"].shape[1]:]) == "Hello you<|end|>"
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_llama: Path, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tiny_llama: Path, tokenizer, tmp_path: Path, muon: bool
+) -> None:
     examples = [encode_text(tokenizer, "Bees make honey. " * (1 + i % 4)) for i in range(12)]
-    config = SFTConfig(steps=12, tokens_per_batch=64, lr=1e-3, seed=5)
+    config = SFTConfig(steps=12, tokens_per_batch=64, lr=1e-3, seed=5, muon=muon)
     straight, broken = tiny(tiny_llama), tiny(tiny_llama)
     train(straight, examples, config, pad_id=0)
     kept = tmp_path / "run.pt"

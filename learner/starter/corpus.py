@@ -175,26 +175,5 @@ def training_prompts(count: int, seed: int, *, held_out: bool = False) -> list[s
 
 
 def probes() -> list[dict]:
-    """Taught facts: {"prompt", "answer", "key"}, one a topic; a right reply contains `key` (lower case)."""
-    out = []
-    for t in topics():
-        question = next((q for q in t.questions if _key(q.prompt, q.answers)), None)
-        if question:
-            key = _key(question.prompt, question.answers)
-            out.append({"prompt": question.prompt, "answer": question.answers[0], "key": key})
-    return out
-
-
-def _key(prompt: str, answers: tuple[str, ...]) -> str | None:
-    """The longest run of words that every answer has and the prompt lacks."""
-    words = answers[0].lower().strip(".").replace(",", "").split()
-    others = [" " + a.lower().strip(".").replace(",", "") + " " for a in answers[1:]]
-    asked = prompt.lower()
-    best = ""
-    for i in range(len(words)):
-        for j in range(i + 1, len(words) + 1):
-            run = " ".join(words[i:j])
-            if len(run) > max(3, len(best)) and all(f" {run} " in o for o in others) and words[i] not in asked \
-                    and words[j - 1] not in asked:
-                best = run
-    return best or None
+    """Taught facts, one a topic: {"prompt", "answer"}. What a gate asks to see that nothing was forgotten."""
+    return [{"prompt": q.prompt, "answer": q.answers[0]} for t in topics() for q in t.questions[:1]]

@@ -44,20 +44,20 @@ SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 class Recipe:
     """Sizes and lengths of the whole build. The defaults made the bundled weights."""
 
-    vocab_size: int = 3072
+    vocab_size: int = 2048
     hidden: int = 256
     layers: int = 4
     heads: int = 4
-    intermediate: int = 704
-    articles: int = 12_000
-    chats: int = 90_000
+    intermediate: int = 640
+    articles: int = 8_000
+    chats: int = 70_000
     seed: int = 0
-    seconds: float = 2400.0  # of training, both stages
+    seconds: float = 1560.0  # of training, both stages
     steps: int | None = None  # instead of seconds: a repeatable build
     pretrain_share: float = 0.2  # of the seconds or steps
     tokens_per_batch: int = 1024
     lr: float = 3e-3
-    sft_lr: float = 2e-3
+    sft_lr: float = 2.5e-3
     muon: bool = True
     bf16: bool = True
 
