@@ -6,6 +6,7 @@ are answered 404 before Gradio sees them.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -66,15 +67,26 @@ async def _with_slash(request: Request) -> RedirectResponse:
     return RedirectResponse(f"{request.scope.get('root_path', '')}/operator/", 307)
 
 
-def _close_at_the_end(app: FastAPI, client: ApiClient) -> None:
+def _live_as_long_as(app: FastAPI, client: ApiClient, pages: list[Any]) -> None:
+    """Close what the pages hold when `app` ends. As soon as a server that drains says so (`app.state.runtime.draining`),
+    hang up on open pages: each holds a connection for good, which would keep the server waiting for its whole grace period.
+    """
     before = app.router.lifespan_context
+
+    async def hang_up() -> None:
+        while not getattr(getattr(app.state, "runtime", None), "draining", False):
+            await asyncio.sleep(0.25)
+        for page in pages:
+            page.stop_event.set()
 
     @asynccontextmanager
     async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
         async with before(application) as state:
+            watching = asyncio.create_task(hang_up())
             try:
                 yield state
             finally:
+                watching.cancel()
                 await client.close()
 
     app.router.lifespan_context = lifespan
@@ -84,7 +96,7 @@ def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
     """`ui.mount`."""
     app.add_route("/operator", _with_slash, methods=["GET", "HEAD"], include_in_schema=False)
     client = ApiClient(api_url)
-    _close_at_the_end(app, client)
+    pages: list[Any] = []
     for path, page in (("/operator", build_operator(api_url, client)), ("/", build_chat(api_url, client))):
         gr.mount_gradio_app(
             app, page, path=path, theme=theme(), head=head(), footer_links=[],
@@ -92,5 +104,7 @@ def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
             enable_monitoring=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         )
         route = app.router.routes[-1]
+        pages.append(route.app)  # type: ignore[attr-defined]
         route.app = Closed(route.app)  # type: ignore[attr-defined]
+    _live_as_long_as(app, client, pages)
     return app
