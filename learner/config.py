@@ -53,8 +53,8 @@ class RewardConfig:
 class PPOConfig:
     """The policy update. `learner/ppo.py` reads it."""
 
-    estimator: str = "gae"  # advantages: "gae", or "rloo" (REINFORCE with a leave-one-out baseline)
-    updates: int = 24  # rollout batches
+    estimator: str = "rloo"  # advantages: "gae", or "rloo" (leave-one-out baseline): more reward a second, see docs/decisions.md
+    updates: int = 16  # rollout batches
     max_updates: int = 0  # end after this many, with the learning rates of `updates` (replays); 0 = no such limit
     prompts_per_update: int = 12
     replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
@@ -64,20 +64,20 @@ class PPOConfig:
     minibatches: int = 2
     lora_r: int = 16
     lora_alpha: int = 32
-    lr: float = 5e-4
+    lr: float = 2e-3
     value_lr: float = 1e-3
     max_grad_norm: float = 1.0
     clip: float = 0.2  # policy ratio (Schulman et al. 2017, Eq. 7)
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coef: float = 0.05  # beta at the start
+    kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
     kl_target: float = 4.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
-    kl_horizon: float = 400.0  # rollouts over which the controller moves
+    kl_horizon: float = 100.0  # rollouts over which the controller moves
     kl_ceiling: float = 8.0  # nats a reply against the reference: the run stops there and keeps the last state under it
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
-    broken_penalty: float = 1.0  # taken off the score when `learner/text_checks.py` finds a fault
+    broken_penalty: float = 2.0  # taken off the score when `learner/text_checks.py` finds a fault
     judge_every: int = 4  # updates between looks at the held-out reward members
     patience: int = 2  # looks in a row that lie `part` under the best before the run goes back to the best
     part: float = 0.5  # deviations of the reference's replies
@@ -90,6 +90,7 @@ class PPOConfig:
         _need(self.estimator in ("gae", "rloo"), "ppo.estimator must be gae or rloo")
         _need(self.updates >= 1 and self.epochs >= 1, "ppo.updates and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
+        _need(self.estimator == "gae" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")
         _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
 
@@ -99,7 +100,7 @@ class GateConfig:
     """What a candidate must pass. `learner/gate.py` reads it."""
 
     prompts: int = 24  # held-out prompts
-    replies_per_prompt: int = 2  # sampled from each of live and candidate
+    replies_per_prompt: int = 3  # sampled from each of live, candidate and reference
     max_new_tokens: int = 96
     temperature: float = 1.0
     min_win_rate: float = 0.5  # the lower bound of the win rate against live must be above it

@@ -237,8 +237,10 @@ def train_ppo(
 
             # 6. Rewards a token, then advantages.
             if config.estimator == "rloo":
-                total = scores - controller.beta * kl.sum(1)  # (B,)
-                advantages = torch.where(batch.mask, leave_one_out(total, batch.group)[:, None], 0.0)
+                # The score is the whole reply's; each token answers for its own KL alone, which says the same with
+                # far less noise than charging every token with all of the reply's.
+                better = leave_one_out(scores, batch.group)  # (B,)
+                advantages = torch.where(batch.mask, better[:, None] - controller.beta * kl, 0.0)
                 returns = old_values = None
             else:
                 rewards = token_rewards(scores, kl, batch.mask, controller.beta)
