@@ -162,14 +162,14 @@ class Fit:
     """
 
     def __init__(
-        self, reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], seed: int
+        self, reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], ridge: float, seed: int
     ) -> None:
         config = reward.config
         self.reward, self.member, self.examples = reward, reward.members[which], list(examples)
         self.generator = torch.Generator().manual_seed(seed)
         weights = torch.empty(len(examples)).exponential_(generator=self.generator)  # Bayesian bootstrap
         self.weights = weights / weights.mean() * torch.tensor([e.weight for e in examples])
-        self.member.start(*linear_probe(examples, features, self.weights, config.ridge))
+        self.member.start(*linear_probe(examples, features, self.weights, ridge))
         ties = sum(bool(e.tied) for e in examples) / len(examples)
         self.log_nu = self.member.log_nu if ties else None  # without ties Davidson's model is Bradley-Terry's
         if ties:
@@ -279,12 +279,13 @@ class CrossValidation:
     """Held-out scores of every vote that a fold tested.
 
     scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... passes;
-    epochs: how many were best. judges: the members that gave the scores, one a fold, as they were then.
+    epochs: how many were best. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one a fold, as they were then.
     """
 
     scores: dict[int, list[float]]
     curve: list[float]
     epochs: int
+    ridge: float
     judges: RewardModel
 
 
@@ -298,8 +299,9 @@ def cross_validate(
     reward = RewardModel.create(model, config, len(split.folds), seed, "judge")
     progress(0.0, "reading the votes")
     features = base_features(reward, examples)
+    ridge = choose_ridge(examples, features, split, config.ridge)
     fits = [
-        Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], seed + i)
+        Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], ridge, seed + i)
         for i, fold in enumerate(split.folds)
     ]
     curve: list[float] = []
@@ -324,7 +326,25 @@ def cross_validate(
             break
     for i, state in enumerate(best[1]):
         restore(reward, i, state)
-    return CrossValidation(best[0], curve, curve.index(min(curve)), reward)
+    return CrossValidation(best[0], curve, curve.index(min(curve)), ridge, reward)
+
+
+def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float) -> float:
+    """Of `least` and 4, 16, 64, 256 times that, the penalty with the lowest pooled held-out loss of the heads alone.
+
+    Clear tastes want a small one, noisy votes a large one that keeps the scores from boasting.
+    """
+    losses = []
+    for ridge in (least * 4**i for i in range(5)):
+        total = 0.0
+        for fold in split.folds:
+            train = [examples[j] for j in fold.train]
+            weights = torch.tensor([e.weight for e in train])
+            head, bias = linear_probe(train, [features[j] for j in fold.train], weights, ridge)
+            for j in fold.test:
+                total += preference_loss(features[j] @ head[0] + bias, examples[j].strict, []).item()
+        losses.append((total, ridge))
+    return min(losses)[1]
 
 
 @torch.no_grad()
@@ -342,13 +362,14 @@ def tested(
 
 
 def fit_members(
-    model: CausalModel, examples: Sequence[RankedExample], config: RewardConfig, epochs: int, seed: int, progress: Progress
-) -> RewardModel:
+    model: CausalModel, examples: Sequence[RankedExample], config: RewardConfig, epochs: int, ridge: float, seed: int,
+    progress: Progress,
+) -> RewardModel:  # fmt: skip
     """The ensemble that PPO optimises: `config.members` members on all examples, `epochs` passes each."""
     reward = RewardModel.create(model, config, config.members, seed)
     features = base_features(reward, examples)
     for i in range(config.members):
-        fit = Fit(reward, i, examples, features, seed + i)
+        fit = Fit(reward, i, examples, features, ridge, seed + i)
         for epoch in range(epochs):
             progress((i + epoch / epochs) / config.members, f"member {i + 1} of {config.members}, pass {epoch + 1}")
             fit.epoch(epoch)

@@ -276,11 +276,11 @@ def train_reward(
     ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples])
     report |= figures | {
         "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
-        "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "members": config.reward.members,
+        "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "ridge": checked.ridge, "members": config.reward.members,
     }  # fmt: skip
     if not verdict.may_train:
         return None, checked.judges, report, False
-    reward = fit_members(model, examples, config.reward, checked.epochs, seed, lambda f, m: progress(0.55 + 0.45 * f, m))
+    reward = fit_members(model, examples, config.reward, checked.epochs, checked.ridge, seed, lambda f, m: progress(0.55 + 0.45 * f, m))
     return reward, checked.judges, report, True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from learner.reward import (
     RewardDiverged,
     RewardModel,
     base_features,
+    choose_ridge,
     comparisons_loss,
     cross_validate,
     fit_members,
@@ -146,7 +148,7 @@ def test_it_learns_a_taste_and_only_members_change(model: CausalModel) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     examples = repeating_wins(40, 2)
     config = RewardConfig(members=2, epochs=1, ridge=0.01, lora_r=4, lora_alpha=8)
-    reward = fit_members(model, examples, config, 1, 0, QUIET)
+    reward = fit_members(model, examples, config, 1, 0.01, 0, QUIET)
     fresh = repeating_wins(60, 3)
     means = [scores.mean(1).tolist() for scores in reward.score_examples(fresh)]
     accuracy = np.mean([pair_accuracy(s, e.groups) for s, e in zip(means, fresh, strict=True)])
@@ -158,7 +160,7 @@ def test_it_learns_a_taste_and_only_members_change(model: CausalModel) -> None:
 
 def test_saved_and_loaded_it_gives_the_same_scores(model: CausalModel, tmp_path: Path) -> None:
     examples = shortest_wins(12, 4)
-    reward = fit_members(model, examples, SMALL, 1, 5, QUIET)
+    reward = fit_members(model, examples, SMALL, 1, 0.01, 5, QUIET)
     expected = reward.score_examples(examples)
     reward.save(tmp_path / "reward")
     reward.delete()
@@ -171,9 +173,9 @@ def test_saved_and_loaded_it_gives_the_same_scores(model: CausalModel, tmp_path:
 
 def test_the_same_seed_gives_the_same_members(model: CausalModel) -> None:
     examples = shortest_wins(12, 6)
-    first = torch.cat(fit_members(model, examples, SMALL, 1, 7, QUIET).score_examples(examples))
-    second = torch.cat(fit_members(model, examples, SMALL, 1, 7, QUIET).score_examples(examples))
-    other = torch.cat(fit_members(model, examples, SMALL, 1, 8, QUIET).score_examples(examples))
+    first = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, QUIET).score_examples(examples))
+    second = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, QUIET).score_examples(examples))
+    other = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 8, QUIET).score_examples(examples))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -205,8 +207,16 @@ def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: Caus
     assert scored.tolist() == pytest.approx(expected.tolist(), abs=1e-4)  # the judges went back to where they were best
 
 
+def test_clear_tastes_get_a_small_penalty_and_noise_a_large_one(model: CausalModel) -> None:
+    rng, clear = random.Random(1), repeating_wins(30, 11)
+    features = base_features(RewardModel.create(model, SMALL, 1, 0), clear)
+    noise = [replace(e, groups=((best := rng.randrange(3),), tuple(i for i in range(3) if i != best))) for e in clear]
+    split = split_folds(clear, 3, 0)
+    assert choose_ridge(clear, features, split, 0.01) < choose_ridge(noise, features, split, 0.01)
+
+
 def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
     examples = shortest_wins(12, 10)
     config = RewardConfig(epochs=2, lr=1e30, head_lr=1e30, lora_r=4)
     with pytest.raises(RewardDiverged):
-        fit_members(model, examples, config, 2, 0, QUIET)
+        fit_members(model, examples, config, 2, 0.01, 0, QUIET)
