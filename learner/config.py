@@ -156,7 +156,7 @@ class LearnerConfig:
         nested = self.to_dict()
         for dotted, text in settings.items():
             *sections, name = dotted.split(".")
-            target = nested
+            target: Any = nested
             for section in sections:
                 target = target.get(section) if isinstance(target, dict) else None
             _need(isinstance(target, dict) and name in target, f"unknown setting {dotted}")

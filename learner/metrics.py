@@ -197,10 +197,11 @@ def judge(model: Sequence[float], length: Sequence[float], clusters: Sequence[ob
         return Verdict("not_yet", False, f"not yet: about {more} more votes ({count} so far, too few to test)")
     own, alone = clustered_accuracy(model, clusters), clustered_accuracy(length, clusters)
     if own.low <= 0.5:
-        if (more := votes_needed(own.value, own.n)) is None:
+        needed = votes_needed(own.value, own.n)
+        if needed is None:
             words = f"not yet: about {count} more votes, and perhaps more: {own.value:.0%} right on held-out votes shows no taste"
         else:
-            words = f"not yet: about {more} more votes ({own.value:.0%} right on held-out votes, could be chance)"
+            words = f"not yet: about {needed} more votes ({own.value:.0%} right on held-out votes, could be chance)"
         return Verdict("not_yet", False, words)
     gain, half = paired_difference(model, length, clusters)
     if gain + half < 0:

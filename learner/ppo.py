@@ -246,6 +246,7 @@ def train_ppo(
                 rewards = token_rewards(scores, kl, batch.mask, controller.beta)
                 if config.whiten_rewards:
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
+                assert value is not None  # gae has one
                 with torch.no_grad():
                     (old_values,) = over(batch, rows, config, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
@@ -317,8 +318,8 @@ def learn(
                 raise PPOError(f"{bad[0]} is not a finite number: the run is dropped before it can change the policy")
             optimizer.step()
             steps += 1
-            for name, figure in figures.items():
-                totals[name] = totals.get(name, 0.0) + figure
+            for name, total in figures.items():
+                totals[name] = totals.get(name, 0.0) + total
     return {name: total / steps for name, total in totals.items()}
 
 
@@ -337,7 +338,8 @@ def over(
 
 def prompt_batches(prompts: list[list[int]], count: int, seed: int) -> Iterator[list[list[int]]]:
     """Batches of `count` prompts without end: every prompt comes once before any comes again."""
-    rng, left = random.Random(f"prompts/{seed}"), []
+    rng = random.Random(f"prompts/{seed}")
+    left: list[list[int]] = []
     while True:
         chosen: list[list[int]] = []
         while len(chosen) < count:

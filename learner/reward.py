@@ -108,7 +108,7 @@ class RewardModel:
     def save(self, path: Path) -> None:
         """Write each member's adapter (PEFT), the heads (safetensors) and what they are, under `path`."""
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, member in enumerate(self.members):
             self.model.lora.save(member.adapter, path / f"member{i}")
             tensors |= {f"{i}.{name}": value.detach().cpu().contiguous() for name, value in member.state_dict().items()}
@@ -249,13 +249,13 @@ def linear_probe(
         for winner, loser, share in wins:
             differences.append(z[winner] - z[loser])
             shares.append(weight * share / total)
-    d, share = torch.stack(differences), torch.tensor(shares, dtype=torch.float64)  # (P, D), (P,)
+    d, weighted = torch.stack(differences), torch.tensor(shares, dtype=torch.float64)  # (P, D), (P,)
     w = torch.zeros(d.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (share * F.softplus(-(d @ w))).sum() + ridge / 2 * (w @ w)
+        loss = (weighted * F.softplus(-(d @ w))).sum() + ridge / 2 * (w @ w)
         loss.backward()
         return loss
 

@@ -325,14 +325,14 @@ def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple
         published[manifest.round] = manifest
     closed = []
     for n in files.unfinished():
-        manifest = published.get(n)
+        made = published.get(n)
         try:
             record = read_json(files.directory(n) / DRAFT)
         except (FileNotFoundError, ValueError):
             record = {}
-        if manifest is not None and record:
-            rejected = (manifest.gate or {}).get("verdict") == "rejected"
-            record |= {"state": "rejected" if rejected else "published", "version": manifest.version, "ended": manifest.created}
+        if made is not None and record:
+            rejected = (made.gate or {}).get("verdict") == "rejected"
+            record |= {"state": "rejected" if rejected else "published", "version": made.version, "ended": made.created}
         else:
             record = {
                 "state": "abandoned", "reason": "the learner was stopped during this round; its votes go to the next",

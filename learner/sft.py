@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +82,8 @@ def chat_segments(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) 
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(list(messages[:i]), tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False)
+        before = str(tokenizer.apply_chat_template(list(messages[:i]), tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False))
         if not before.startswith(done) or not after.startswith(before):
             raise SFTError("the chat template changes earlier turns; train on single-turn chats with this model")
         pieces += [(before[len(done):], False), (after[len(before):], True)]
@@ -150,7 +151,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, targets
 
 
-def token_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+def token_loss(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy (nats) over the tokens that carry loss. `model` is a transformers causal LM."""
     hidden = model.model(input_ids=ids).last_hidden_state  # (B, T, D)
     counts = targets != IGNORE  # (B, T)
@@ -166,7 +167,7 @@ def learning_rate(config: SFTConfig, progress: float) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * x)))
 
 
-def make_optimizers(model: nn.Module, config: SFTConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Any, config: SFTConfig) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices inside the layers, AdamW (Loshchilov & Hutter 2019) for everything else.
 
     Without `config.muon` AdamW takes all. Norms are not decayed. Muon's step is scaled to AdamW's size, so both share

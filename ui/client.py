@@ -171,7 +171,7 @@ class ApiClient:
 
     async def _call(self, method: str, path: str, who: Visitor, body: JSON | None = None) -> JSON:
         # A POST without a body still says JSON: the server answers 415 to anything else.
-        content = {"json": body or {}} if method in ("POST", "PUT") else {}
+        content: JSON = {"json": body or {}} if method in ("POST", "PUT") else {}
         try:
             answer = await self._http.request(method, path, headers=who.headers, **content)
         except httpx.HTTPError as error:
@@ -193,17 +193,18 @@ def pieces(chunk: JSON) -> list[Piece]:
         said = _sentence(_said(chunk)) or "The answer broke off before it was complete. Please try again."
         raise Problem(said, code=_said(chunk, "code"))
     ids = chunk.get("plaudit") or {}
-    known = {"comparison_id": ids.get("comparison_id"), "conversation_id": ids.get("conversation_id")}
+    comparison, conversation = ids.get("comparison_id"), ids.get("conversation_id")
     found = [
         Piece(
             int(choice.get("index", 0)),
             (choice.get("delta") or {}).get("content") or "",
             choice.get("finish_reason"),
-            **known,
+            comparison,
+            conversation,
         )
         for choice in chunk.get("choices") or []
     ]
-    return found or [Piece(None, **known)]
+    return found or [Piece(None, "", None, comparison, conversation)]
 
 
 def problem_of(answer: httpx.Response) -> Problem:

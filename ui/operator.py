@@ -38,10 +38,11 @@ class _Page:
         """masthead, live tile, learner tile, charts, versions, rounds, trouble, key panel."""
         calls = (self.client.adapters(who), self.client.learner(who), self.client.rounds(who), self.client.stats(who))
         adapters, learner, rounds, stats = await asyncio.gather(*calls, return_exceptions=True)
-        problems = [found for found in (adapters, learner, rounds, stats) if isinstance(found, BaseException)]
-        for problem in problems:
-            if not isinstance(problem, Problem):
-                raise problem
+        failed = [found for found in (adapters, learner, rounds, stats) if isinstance(found, BaseException)]
+        problems = [failure for failure in failed if isinstance(failure, Problem)]
+        for failure in failed:
+            if failure not in problems:
+                raise failure
         trouble = f'<p class="problem" role="alert">{cards.trouble(problems[0])}</p>' if problems else ""
         asks_key = any(isinstance(p, Problem) and p.status in (401, 403) for p in problems)
         if isinstance(adapters, BaseException):

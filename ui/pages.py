@@ -16,7 +16,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ui.chat import build_chat
 from ui.client import ApiClient
@@ -54,7 +54,7 @@ class Closed:
 
 
 def _with_headers(send: Send) -> Send:
-    async def wrapped(message: dict) -> None:
+    async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
             kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in HEADERS]
             message = {**message, "headers": [*kept, *HEADERS.items()]}

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,8 +37,8 @@ class Sampler:
 
     def replies(self, asked: list[str], *, greedy: bool = False) -> list[tuple[str, str]]:
         """(text, finish reason "stop" or "length") for each prompt."""
-        out = []
-        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
+        out: list[tuple[str, str]] = []
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
             "do_sample": True, "temperature": 1.0, "top_k": 0}
         for start in range(0, len(asked), 32):
             rows = [self.tokenizer.apply_chat_template(
@@ -48,7 +49,7 @@ class Sampler:
             )[:, x["input_ids"].shape[1] :]
             for row in new.tolist():
                 ended = self.tokenizer.eos_token_id in row
-                out.append((self.tokenizer.decode(row, skip_special_tokens=True), "stop" if ended else "length"))
+                out.append((str(self.tokenizer.decode(row, skip_special_tokens=True)), "stop" if ended else "length"))
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -74,7 +75,8 @@ def parse_topics(text: str) -> tuple[Topic, ...]:
                 raise ValueError("a line starts with @, =, -, ? or #")
         except (ValueError, IndexError) as err:
             raise TopicError(f"topics.txt line {number}: {err}") from err
-    return tuple(Topic(**{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()}) for b in blocks)
+    fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()} for b in blocks]
+    return tuple(Topic(**block) for block in fields)
 
 
 @cache
