@@ -186,10 +186,11 @@ def votes_needed(p: float, n: float, z: float = Z95) -> int | None:
 def judge(model: Sequence[float], length: Sequence[float], clusters: Sequence[object], min_votes: int) -> Verdict:
     """The verdict on a reward model from its held-out per-comparison accuracies and the length-only baseline's.
 
-    PPO may start when the lower bound of held-out accuracy beats one half, and the model is not worse than length
-    alone beyond noise (paired difference, cluster-robust 95% interval). A model that is no better than a length
-    baseline which itself beats chance goes ahead as `only_length`: people may well prefer short replies, and then
-    length *is* the taste; the sentence says so and the gate watches length.
+    PPO may start when the lower bound of held-out accuracy beats one half, and length does not explain the picks away:
+    it is stopped where length alone is better beyond noise (paired difference, cluster-robust 95% interval) and the
+    model has less than half of length's edge over chance. A model that is no better than a length baseline which itself
+    beats chance goes ahead as `only_length`: people may well prefer short replies, and then length *is* the taste, which
+    one number fits sooner than a language model does. The sentence says so, and the gate watches length.
     """
     count = len(model)
     if count < min_votes:
@@ -204,7 +205,7 @@ def judge(model: Sequence[float], length: Sequence[float], clusters: Sequence[ob
             words = f"not yet: about {needed} more votes ({own.value:.0%} right on held-out votes, could be chance)"
         return Verdict("not_yet", False, words)
     gain, half = paired_difference(model, length, clusters)
-    if gain + half < 0:
+    if gain + half < 0 and own.value - 0.5 < (alone.value - 0.5) / 2:
         return Verdict(
             "not_yet", False,
             f"not yet: about {count} more votes ({own.value:.0%} right on held-out votes, but length alone gets {alone.value:.0%})",

@@ -169,7 +169,12 @@ def test_a_taste_that_is_length_goes_ahead_and_says_so() -> None:
     assert (verdict.code, verdict.may_train) == ("only_length", True) and "length" in verdict.words
 
 
-def test_a_model_that_learned_less_than_length_is_stopped() -> None:
+def test_a_length_taste_that_one_number_fits_better_still_goes_ahead() -> None:
+    verdict = judge(run(96, 0.88), run(96, 0.96, 1), list(range(96)), 8)
+    assert (verdict.code, verdict.may_train) == ("only_length", True)
+
+
+def test_a_model_that_learned_much_less_than_length_is_stopped() -> None:
     verdict = judge(run(60, 0.68), run(60, 0.95, 1), list(range(60)), 8)
     assert (verdict.code, verdict.may_train) == ("not_yet", False) and "length alone gets 95%" in verdict.words
 
