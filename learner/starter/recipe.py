@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -103,7 +104,7 @@ def new_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
     ))
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write a normal `save_pretrained` directory: safetensors (bfloat16, half the size), tokenizer, chat template."""
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
@@ -111,10 +112,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
     )
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = LlamaForCausalLM(model.config)
+    half.bfloat16()
     half.load_state_dict(state)
     half.generation_config = model.generation_config
     half.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # it is written for its owner alone; a container runs as someone else
     tokenizer.save_pretrained(out)
 
 
@@ -172,7 +175,7 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
             return replace(base, steps=max(1, round(recipe.steps * share)))
         return replace(base, steps=None, seconds=recipe.seconds * share)
 
-    figures = {"parameters": parameters, "vocabulary": len(tokenizer)}
+    figures: dict[str, object] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     share = 0.0 if start else recipe.pretrain_share
     if share:
         figures["pretraining"] = stage("pretraining", model, texts, config(share, recipe.lr), work, pad_id).__dict__
