@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import threading
 import time
 from collections import Counter
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4, help="replies a comparison")
     parser.add_argument("--held-out", type=int, default=60, help="held-out prompts that the taste judges on")
     parser.add_argument("--model", default=str(STARTER))
+    parser.add_argument("--serve", default="", help='further flags of `plaudit serve`, such as "--learner-nice 0" on a busy machine')
     parser.add_argument("--keep", type=Path, help="keep the data directories here")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the learner, e.g. ppo.updates=10")
     args = parser.parse_args()
@@ -124,7 +126,7 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
     print(f"== {taste}: {args.votes} votes, {args.noise:.0%} noise, seed {args.seed}", flush=True)
     train, held_out = prompts_from(), prompts_from(held_out=True)
     held_out = random.Random(args.seed).sample(held_out, min(args.held_out, len(held_out)))
-    flags = ["--model", args.model, "--threads", "1", "--seed", str(args.seed), "--promotion", "auto"]
+    flags = ["--model", args.model, "--threads", "1", "--seed", str(args.seed), "--promotion", "auto", *shlex.split(args.serve)]
     settings = [f"seed={args.seed}", *args.set]
     flags += ["--learner-args", " ".join(f"--set {s}" for s in settings)]
     data_dir = args.keep / taste if args.keep else None
