@@ -18,10 +18,7 @@ from tests.ui_fake import TEXTS, Fake
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make venv` installs it")
 expect = playwright_api.expect
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"),  # Gradio's own use of pandas, in the server's thread
-]
+pytestmark = pytest.mark.browser
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -338,7 +335,7 @@ def test_everything_that_can_be_pressed_has_a_name(visit: Visit, fake: Fake) -> 
     page = visit.open()
     visit.send("Hello")
     nameless = """() => [...document.querySelectorAll('button, a[href], input, textarea')]
-        .filter(n => n.offsetParent && !(n.innerText || '').trim() && !n.getAttribute('aria-label')
+        .filter(n => n.offsetParent && getComputedStyle(n).visibility === 'visible' && !(n.innerText || '').trim() && !n.getAttribute('aria-label')
                      && !n.title && !(n.labels && n.labels.length))
         .map(n => n.outerHTML.slice(0, 200))"""
     assert page.evaluate(nameless) == []

@@ -14,6 +14,10 @@ from ui.sentences import STATES, clock, count, fraction, number, version_name
 JSON = dict[str, Any]
 DASH = '<span class="dash" title="not reported">–</span>'
 STATUSES = {"live": "good", "candidate": "new", "retired": "", "rejected": "bad"}
+ROUND_STATES = {
+    "pass": "passed", "not_ready": "not ready", "training_reward": "training the reward model", "ppo": "practising",
+    "gating": "being checked",
+}
 STATS = (
     ("conversations", "conversations"), ("comparisons", "comparisons"), ("votes", "votes"), ("voters", "voters"),
     ("demonstrations", "edited replies"), ("rounds", "rounds"), ("versions", "versions"),
@@ -145,7 +149,7 @@ def _verdict_words(state: JSON) -> str:
     last = state.get("last_verdict")
     if isinstance(last, dict):
         last = find(last, "text", "words", "verdict")
-    return f"Last round: {last}" if isinstance(last, str) and last else ""
+    return f"Last round: {ROUND_STATES.get(last, last)}" if isinstance(last, str) and last else ""
 
 
 def versions_of(adapters: JSON) -> list[JSON]:
@@ -192,7 +196,7 @@ def rounds(rows: list[JSON]) -> str:
         found = pair(interval)
         spread = f'<small>{100 * found[0]:.0f}–{100 * found[1]:.0f}%</small>' if found else ""
         words = find(row, "reason", "reward.words")
-        state = plain(row.get("state") or "")
+        state = plain(ROUND_STATES.get(str(row.get("state")), row.get("state") or ""))
         why = f"<small>{plain(words)}</small>" if isinstance(words, str) and not row.get("version") else ""
         votes = number(row.get("votes"))
         body.append(

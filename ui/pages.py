@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -104,6 +105,9 @@ def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
             enable_monitoring=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         )
         route = app.router.routes[-1]
+        # Gradio would sum up all its past events with pandas after each event: wasted work, two seconds apart, on every page
+        page._queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize
+        page._queue.ANALYTICS_MAX_EVENTS = 100
         pages.append(route.app)  # type: ignore[attr-defined]
         route.app = Closed(route.app)  # type: ignore[attr-defined]
     _live_as_long_as(app, client, pages)
