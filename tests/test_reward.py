@@ -56,23 +56,28 @@ def shortest_wins(count: int, seed: int) -> list[RankedExample]:
     return out
 
 
-def test_the_score_is_the_head_on_the_last_valid_token_whatever_the_padding(model: CausalModel) -> None:
+def test_the_score_is_last_token_reply_mean_and_length_whatever_the_padding(model: CausalModel) -> None:
     reward = RewardModel.create(model, SMALL, 1, 0)
     torch.nn.init.normal_(reward.members[0].head.weight)
+    torch.nn.init.normal_(reward.members[0].pooled.weight)
+    torch.nn.init.constant_(reward.members[0].slope, 0.3)
     data = replies(5, 1)
     prompts, completions = [p for p, _ in data], [c[0] for _, c in data]
     together = reward.score(prompts, completions)
     assert together.shape == (5, 1)
     for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         with torch.no_grad():
-            hidden = model(torch.tensor([[*p, *c]]), adapter="reward0")[0, -1]
-            expected = float(reward.members[0].head(hidden))
+            hidden = model(torch.tensor([[*p, *c]]), adapter="reward0")[0]
+            member = reward.members[0]
+            expected = float(member.head(hidden[-1]) + member.pooled(hidden[len(p) :].mean(0)) + 0.3 * math.log(1 + len(c)))
         assert float(together[i, 0]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_long_prompts_lose_their_oldest_tokens_and_never_the_reply(model: CausalModel) -> None:
     reward = RewardModel.create(model, RewardConfig(members=1, max_tokens=12), 1, 0)
-    assert reward.row(range(100, 120), [7, 8, 1]) == [*range(111, 120), 7, 8, 1]
+    rows = reward.rows([(range(100, 120), [7, 8, 1]), ([5], [6] * 20), ([5], [6])])
+    assert rows.ids[0].tolist() == [*range(111, 120), 7, 8, 1]
+    assert rows.reply.sum(1).tolist() == [3, 12, 1] and rows.valid.sum(1).tolist() == [12, 12, 2]
 
 
 def test_the_probe_is_the_optimum_that_scipy_finds() -> None:
@@ -97,8 +102,8 @@ def test_the_probe_is_the_optimum_that_scipy_finds() -> None:
 
     best = minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
     head, bias = linear_probe(examples, features, weights, ridge)
-    assert head[0].numpy() == pytest.approx(best / scale, abs=1e-4)
-    scores = torch.cat(features) @ head[0] + bias
+    assert head.numpy() == pytest.approx(best / scale, abs=1e-4)
+    scores = torch.cat(features) @ head + bias
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
 
 
@@ -113,7 +118,7 @@ def test_the_probe_recovers_a_planted_bradley_terry_scale() -> None:
         features.append(torch.tensor(x, dtype=torch.float32))
         examples.append(example((5,), [(6,), (7,)], [[0], [1]] if first else [[1], [0]], n))
     head, _ = linear_probe(examples, features, torch.ones(3000), 1e-3)
-    assert head[0].numpy() == pytest.approx(truth, rel=0.15)
+    assert head.numpy() == pytest.approx(truth, rel=0.15)
 
 
 def test_ties_pull_scores_together() -> None:
@@ -122,7 +127,7 @@ def test_ties_pull_scores_together() -> None:
     mixed = [strict[0], example((5,), [(6,), (7,)], [[0, 1]], 1, ties=True)]
     apart, _ = linear_probe(strict, features, torch.ones(2), 0.1)
     closer, _ = linear_probe(mixed, features, torch.ones(2), 0.1)
-    assert float((features[1] @ closer[0]).diff()) > float((features[1] @ apart[0]).diff())  # 0 - 1, negative: nearer to 0
+    assert float((features[1] @ closer).diff()) > float((features[1] @ apart).diff())  # 0 - 1, negative: nearer to 0
 
 
 def test_a_comparison_weighs_the_same_however_many_replies_it_has() -> None:
@@ -202,7 +207,7 @@ def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: Caus
     assert checked.epochs == 0 and checked.curve[0] == min(checked.curve)
     features = base_features(checked.judges, examples)
     fold = split_folds(examples, 3, 0).folds[0]
-    expected = (features[fold.test[0]] @ checked.judges.members[0].head.weight[0] + checked.judges.members[0].head.bias).detach()
+    expected = checked.judges.members[0].of_features(features[fold.test[0]]).detach()
     scored = checked.judges.score_examples([examples[fold.test[0]]], [0])[0][:, 0]
     assert scored.tolist() == pytest.approx(expected.tolist(), abs=1e-4)  # the judges went back to where they were best
 
