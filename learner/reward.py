@@ -311,7 +311,7 @@ class CrossValidation:
     """Held-out scores of every vote that a fold tested.
 
     scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... passes;
-    epochs: how many were best. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one a fold, as they were then.
+    epochs: how many paid. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one a fold, as they were then.
     """
 
     scores: dict[int, list[float]]
@@ -337,6 +337,7 @@ def cross_validate(
         for i, fold in enumerate(split.folds)
     ]
     curve: list[float] = []
+    passes = 0
     best: tuple[dict[int, list[float]], list[dict[str, Tensor]]] = ({}, [])
     for epoch in range(config.epochs + 1):
         scores: dict[int, list[float]] = {}
@@ -352,13 +353,13 @@ def cross_validate(
         curve.append(sum(losses) / max(1, len(losses)))
         if not math.isfinite(curve[-1]):
             raise RewardDiverged("the reward model's held-out loss is not a finite number")
-        if curve[-1] == min(curve):
-            best = scores, [state_of(reward, i) for i in range(len(fits))]
-        elif epoch - curve.index(min(curve)) >= config.patience:
+        if epoch == 0 or curve[-1] < 0.99 * curve[passes]:  # a pass that brings less is not worth its seconds
+            passes, best = epoch, (scores, [state_of(reward, i) for i in range(len(fits))])
+        elif epoch - passes >= config.patience:
             break
     for i, state in enumerate(best[1]):
         restore(reward, i, state)
-    return CrossValidation(best[0], curve, curve.index(min(curve)), ridge, reward)
+    return CrossValidation(best[0], curve, passes, ridge, reward)
 
 
 def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float) -> float:
