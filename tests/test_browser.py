@@ -204,7 +204,7 @@ def test_four_replies_can_be_asked_for(visit: Visit, fake: Fake) -> None:
 
 
 def test_stop_ends_the_request_itself_and_it_can_be_tried_again(visit: Visit, fake: Fake) -> None:
-    fake.pause_s = 0.2
+    fake.pause_s = 1.0
     page = visit.open()
     page.get_by_role("button", name="What are bees?").click()
     page.wait_for_selector(".card .prose-box p:not(.dots)")
@@ -219,7 +219,7 @@ def test_stop_ends_the_request_itself_and_it_can_be_tried_again(visit: Visit, fa
 
 
 def test_closing_the_page_ends_the_request(chromium: Any, site: tuple[Fake, str], fake: Fake) -> None:
-    fake.pause_s = 0.2
+    fake.pause_s = 1.0
     visit = Visit(chromium, site[1])
     visit.open().get_by_role("button", name="What are bees?").click()
     visit.page.wait_for_selector(".card .prose-box p:not(.dots)")

@@ -110,7 +110,7 @@ def pictures_of_a_first_exchange(visit: Visit) -> None:
         page.wait_for_selector("[data-phase=choosing]")
         page.keyboard.press(str(friendliest(page) + 1))
         page.wait_for_selector(".card.chosen")
-        expect(page.locator("#status")).to_contain_text("Your pick is saved.", timeout=20_000)
+        expect(page.locator("#status")).to_contain_text("Your pick is saved.", timeout=120_000)
         page.mouse.move(5, 400)
         page.wait_for_timeout(400)
         shot(page, "chat-picked" if page is desk else "chat-phone")
@@ -120,7 +120,7 @@ def pictures_of_a_first_exchange(visit: Visit) -> None:
 def test_picks_made_in_the_page_bring_a_new_version_live_with_nothing_restarted(chromium: Any, served: str) -> None:  # noqa: F811
     visit = Visit(chromium, served)
     page = visit.open()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     expect(page.locator(".masthead .live")).to_have_text("the original model")
     page.click("#replies input")
     page.get_by_role("option", name="4 replies").click()
@@ -146,7 +146,7 @@ def test_picks_made_in_the_page_bring_a_new_version_live_with_nothing_restarted(
         else:
             page.locator("#exchange .card").nth(best).click()
         page.wait_for_selector(f'.card.chosen [data-index="{best}"]')
-        expect(page.locator("#status")).to_contain_text("Your pick is saved.", timeout=20_000)
+        expect(page.locator("#status")).to_contain_text("Your pick is saved.", timeout=120_000)
         picks += 1
 
     assert picks >= ROUND_VOTES
