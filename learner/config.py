@@ -84,7 +84,7 @@ class PPOConfig:
     chunk_tokens: int = 2048  # padded tokens of one forward pass
     whiten_rewards: bool = True
     whiten_advantages: bool = True
-    max_seconds: float = 90.0  # wall clock after which no further update starts
+    max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it
 
     def __post_init__(self) -> None:
         _need(self.estimator in ("gae", "rloo"), "ppo.estimator must be gae or rloo")
