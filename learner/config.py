@@ -130,6 +130,7 @@ class LearnerConfig:
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
     heartbeat_s: float = 2.0
+    take_in_s: float = 30.0  # how long the next round waits for the server to take in the version of the last
     device: str = "auto"  # CUDA where there is one
     dtype: str = "auto"  # bfloat16 on CUDA, float32 on a CPU
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -122,7 +122,8 @@ class Worker:
                     control = store.control()
                     new_votes = store.standing_votes(since_seq=used_seq)
                     voted = None
-                    if due(new_votes, control.paused, control.run_requested, run_done, self.config):
+                    wanted = due(new_votes, control.paused, control.run_requested, run_done, self.config)
+                    if wanted and not awaited(self.files, store, self.config.take_in_s):
                         voted, live = store.voted_comparisons(), store.deployment().live
                     state = "paused" if control.paused else "idle"
             except NoDatabase as missing:
@@ -151,6 +152,19 @@ class Worker:
 
         result = learner.run_round(n, voted, live, run_requested=run_requested, report=report)
         log.info("round_ended", round=n, state=result["state"], version=result["version"], seconds=round(time.monotonic() - began, 1))
+
+
+def awaited(files: RoundFiles, store: Store, within_s: float) -> bool:
+    """Whether the newest round published a version that the server has not yet taken in, less than `within_s` ago.
+
+    The next round must start from that version and be compared with it, not with the one it replaces.
+    """
+    finished = files.finished()
+    if not finished:
+        return False
+    newest = files.read(max(finished))
+    fresh = newest.get("version") is not None and time.time() - float(newest.get("ended") or 0.0) < within_s
+    return fresh and store.round(max(finished)) is None
 
 
 def progress_so_far(files: RoundFiles) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,14 +17,14 @@ import pytest
 
 from engine.tokenizer import ChatTokenizer
 from learner.config import ConfigError, LearnerConfig
-from learner.worker import due, main, progress_so_far
+from learner.worker import awaited, due, main, progress_so_far
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
 from store.store import Store
 from tests.test_round import vote_on
 
 FAST = {
-    "poll_s": 0.1, "heartbeat_s": 0.2, "practice_prompts": 4, "reward.members": 2, "reward.folds": 2, "reward.epochs": 0,
+    "poll_s": 0.1, "heartbeat_s": 0.2, "take_in_s": 0.5, "practice_prompts": 4, "reward.members": 2, "reward.folds": 2, "reward.epochs": 0,
     "reward.lora_r": 4, "reward.ridge": 0.01, "ppo.updates": 2, "ppo.prompts_per_update": 2, "ppo.replies_per_prompt": 2,
     "ppo.max_new_tokens": 8, "ppo.lora_r": 4, "ppo.kl_ceiling": 1e6, "gate.prompts": 4, "gate.replies_per_prompt": 1,
     "gate.max_new_tokens": 8,
@@ -78,6 +79,20 @@ def test_abandoned_rounds_have_used_no_votes_and_failed_ones_have(tmp_path: Path
     for record in ({"state": "published", "last_seq": 9, "run_requested": 1}, {"state": "failed", "last_seq": 20}, {"state": "abandoned", "last_seq": 99}):
         files.finish(files.begin(), record)
     assert progress_so_far(files) == (20, 1)
+
+
+def test_the_next_round_waits_until_the_server_has_taken_in_the_last_version(tmp_path: Path) -> None:
+    files = RoundFiles(tmp_path / "rounds")
+    with contextlib.closing(Store.open(tmp_path)) as store:
+        assert not awaited(files, store, 30)  # no round yet
+        n, record = files.begin(), {"state": "published", "version": "v000001", "ended": time.time()}
+        files.finish(n, record)
+        assert awaited(files, store, 30)
+        assert not awaited(files, store, 0)  # without a server it does not wait for ever
+        store.take_in_round(n, record)
+        assert not awaited(files, store, 30)
+        files.finish(files.begin(), {"state": "not_ready", "version": None, "ended": time.time()})
+        assert not awaited(files, store, 30)  # nothing came of it that could go live
 
 
 def test_settings_are_checked_by_name() -> None:
