@@ -35,7 +35,6 @@ class RewardConfig:
     epochs: int = 1  # passes of LoRA training at most; the held-out loss says how many of them are used, 0 included
     pass_examples: int = 64  # comparisons of one pass at most, drawn anew each time: a round must stay short
     batch: int = 8  # comparisons a step
-    patience: int = 1  # passes in a row that do not lower the held-out loss before it ends
     folds: int = 4  # of the cross-validation
     max_examples: int = 400  # comparisons used, newest first: a round must stay short
     max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut

@@ -97,7 +97,10 @@ class Value(nn.Module):
     def __init__(self, model: CausalModel, reward: RewardModel, scorer: Scorer) -> None:
         super().__init__()
         member = reward.members[0]
-        model.lora.copy(member.adapter, VALUE, trainable=True)
+        if member.adapter:
+            model.lora.copy(member.adapter, VALUE, trainable=True)
+        else:
+            model.lora.create(VALUE, r=reward.config.lora_r, alpha=reward.config.lora_alpha)
         self.model = [model]  # in a list, so that its parameters are not this module's
         self.head = nn.Linear(model.hidden_size, 1).to(model.device)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The reward model: several members, each a LoRA adapter and a scalar head on the one shared base.
+"""The reward model: several members, each a scalar head (and, where votes warrant it, a LoRA adapter) on the one shared base.
 
 A completion's score is linear in the final hidden state of its last valid token, the mean of those of its own tokens,
 and the logarithm of its length; prompt and completion are exactly as the engine saw them. The last token alone (Stiennon
@@ -43,15 +43,17 @@ class RewardDiverged(Exception):
 
 
 class Member(nn.Module):
-    """One member: the name of its adapter, its heads, and its own tendency to call ties.
+    """One member: its heads, its adapter, and its own tendency to call ties.
 
     score = head(h at the last valid token) + pooled(mean h over the reply) + slope * log(1 + reply tokens).
-    head, pooled: (D,) -> scalar. log_nu: Davidson's tie parameter.
+    head, pooled: (D,) -> scalar. log_nu: Davidson's tie parameter. adapter: the one it reads the base through, called
+    `name`; None until LoRA training begins, so that all heads on the bare base share one forward pass.
     """
 
-    def __init__(self, adapter: str, hidden_size: int) -> None:
+    def __init__(self, name: str, hidden_size: int) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.name = name
+        self.adapter: str | None = None
         self.head = nn.Linear(hidden_size, 1)
         self.pooled = nn.Linear(hidden_size, 1, bias=False)
         for weight in (self.head.weight, self.head.bias, self.pooled.weight):
@@ -104,14 +106,9 @@ class RewardModel:
         self.model, self.config, self.members = model, config, list(members)
 
     @classmethod
-    def create(cls, model: CausalModel, config: RewardConfig, count: int, seed: int, prefix: str = "reward") -> RewardModel:
-        """`count` fresh members with adapters `<prefix>0`, `<prefix>1`, ... (replacing any of those names)."""
-        members = []
-        for i in range(count):
-            name = f"{prefix}{i}"
-            model.lora.create(name, r=config.lora_r, alpha=config.lora_alpha, seed=seed + 1000 * i)
-            members.append(Member(name, model.hidden_size).to(model.device))
-        return cls(model, config, members)
+    def create(cls, model: CausalModel, config: RewardConfig, count: int, prefix: str = "reward") -> RewardModel:
+        """`count` fresh members `<prefix>0`, `<prefix>1`, ..., all heads on the bare base."""
+        return cls(model, config, [Member(f"{prefix}{i}", model.hidden_size).to(model.device) for i in range(count)])
 
     @torch.no_grad()
     def score(
@@ -123,8 +120,9 @@ class RewardModel:
         scores = torch.empty(len(rows), len(chosen))
         for part in by_length(rows, self.config.score_batch):
             batch = self.rows([rows[i] for i in part])
+            features = {a: features_of(self.model, batch, a) for a in dict.fromkeys(m.adapter for m in chosen)}
             for column, member in enumerate(chosen):
-                scores[part, column] = member(self.model, batch).cpu()
+                scores[part, column] = member.of_features(features[member.adapter]).cpu()
         return scores
 
     def score_examples(self, examples: Sequence[RankedExample], members: Sequence[int] | None = None) -> list[Tensor]:
@@ -137,14 +135,18 @@ class RewardModel:
         return list(flat.split([len(e.completions_ids) for e in examples]))
 
     def save(self, path: Path) -> None:
-        """Write each member's adapter (PEFT), the heads (safetensors) and what they are, under `path`."""
+        """Write the heads (safetensors), each member's adapter (PEFT) where it has one, and what they are, under `path`."""
         path.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for i, member in enumerate(self.members):
-            self.model.lora.save(member.adapter, path / f"member{i}")
+            if member.adapter:
+                self.model.lora.save(member.adapter, path / f"member{i}")
             tensors |= {f"{i}.{name}": value.detach().cpu().contiguous() for name, value in member.state_dict().items()}
         save_file(tensors, path / HEADS)
-        about = {"members": [m.adapter for m in self.members], "hidden_size": self.model.hidden_size, "base": self.model.source}
+        about = {
+            "members": [{"name": m.name, "adapter": m.adapter is not None} for m in self.members],
+            "hidden_size": self.model.hidden_size, "base": self.model.source,
+        }  # fmt: skip
         (path / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
     @classmethod
@@ -152,9 +154,11 @@ class RewardModel:
         """Read what `save` wrote; its scores are the same. Raises engine.lora.AdapterError, OSError."""
         about = json.loads((path / ABOUT).read_text("utf-8"))
         tensors, members = load_file(path / HEADS), []
-        for i, name in enumerate(about["members"]):
-            model.lora.load(name, path / f"member{i}")
-            member = Member(name, about["hidden_size"])
+        for i, written in enumerate(about["members"]):
+            member = Member(written["name"], about["hidden_size"])
+            if written["adapter"]:
+                model.lora.load(member.name, path / f"member{i}")
+                member.adapter = member.name
             member.load_state_dict({key: tensors[f"{i}.{key}"] for key in member.state_dict()})
             members.append(member.to(model.device))
         return cls(model, config, members)
@@ -162,7 +166,9 @@ class RewardModel:
     def delete(self) -> None:
         """Take the members' adapters out of the model."""
         for member in self.members:
-            self.model.lora.delete(member.adapter)
+            if member.adapter:
+                self.model.lora.delete(member.adapter)
+                member.adapter = None
 
     def rows(self, pairs: Sequence[Pair]) -> Rows:
         """(prompt, reply) pairs as rows of at most `max_tokens` each: the oldest tokens go first, the end is always kept."""
@@ -187,7 +193,7 @@ def by_length(pairs: Sequence[Pair], size: int) -> list[list[int]]:
 
 
 class Fit:
-    """The fitting of one member: its head on the frozen base's features first, then head and adapter together.
+    """The fitting of one member: its head on the frozen base's features first, then, if asked to, head and adapter together.
 
     Starting from a fitted head (Kumar et al. 2022, LP-FT) is what makes a few dozen votes and seconds enough.
     """
@@ -195,8 +201,7 @@ class Fit:
     def __init__(
         self, reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], ridge: float, seed: int
     ) -> None:
-        config = reward.config
-        self.reward, self.member, self.examples = reward, reward.members[which], list(examples)
+        self.reward, self.member, self.examples, self.seed = reward, reward.members[which], list(examples), seed
         self.generator = torch.Generator().manual_seed(seed)
         weights = torch.empty(len(examples)).exponential_(generator=self.generator)  # Bayesian bootstrap
         self.weights = weights / weights.mean() * torch.tensor([e.weight for e in examples])
@@ -206,7 +211,13 @@ class Fit:
         if ties:
             with torch.no_grad():  # the nu at which equal replies tie as often as votes do
                 self.member.log_nu.fill_(math.log(2 * ties / max(1 - ties, 0.05)))
-        adapter = list(reward.model.lora.parameters(self.member.adapter).values())
+
+    def begin(self) -> None:
+        """Give the member its adapter, which changes nothing yet, and both their optimiser."""
+        config, lora = self.reward.config, self.reward.model.lora
+        lora.create(self.member.name, r=config.lora_r, alpha=config.lora_alpha, seed=self.seed)
+        self.member.adapter = self.member.name
+        adapter = list(lora.parameters(self.member.name).values())
         self.parameters = [*adapter, *self.member.parameters()]
         self.optimizer = torch.optim.AdamW(
             [
@@ -218,6 +229,8 @@ class Fit:
 
     def epoch(self, number: int) -> float:
         """Pass `number` (from 0) over the examples; its mean loss. Raises RewardDiverged."""
+        if not number:
+            self.begin()
         config, total = self.reward.config, 0.0
         batches = self._batches()
         for i, batch in enumerate(batches):
@@ -310,8 +323,9 @@ def comparisons_loss(scores: Tensor, examples: Sequence[RankedExample], log_nu: 
 class CrossValidation:
     """Held-out scores of every vote that a fold tested.
 
-    scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... passes;
-    epochs: how many paid. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one a fold, as they were then.
+    scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... whole passes;
+    epochs: how many paid. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one
+    a fold, as they were then.
     """
 
     scores: dict[int, list[float]]
@@ -328,7 +342,7 @@ def cross_validate(
 
     The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises.
     """
-    reward = RewardModel.create(model, config, len(split.folds), seed, "judge")
+    reward = RewardModel.create(model, config, len(split.folds), "judge")
     progress(0.0, "reading the votes")
     features = base_features(reward, examples)
     ridge = choose_ridge(examples, features, split, config.ridge)
@@ -336,30 +350,68 @@ def cross_validate(
         Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], ridge, seed + i)
         for i, fold in enumerate(split.folds)
     ]
-    curve: list[float] = []
-    passes = 0
-    best: tuple[dict[int, list[float]], list[dict[str, Tensor]]] = ({}, [])
-    for epoch in range(config.epochs + 1):
-        scores: dict[int, list[float]] = {}
-        losses: list[float] = []
+    best = [Tested.of(reward, i, examples, features, fold.test) for i, fold in enumerate(split.folds)]
+    curve, passes = [mean_loss(best)], 0
+    while passes + 1 == len(curve) <= config.epochs:  # each pass so far has paid
+        tried: list[Tested] = []
         for i, fold in enumerate(split.folds):
-            progress((epoch + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {epoch}, fold {i + 1} of {len(fits)}")
-            if epoch:
-                fits[i].epoch(epoch - 1)
-            for j, held_out in zip(fold.test, tested(reward, i, examples, features, fold.test, epoch), strict=True):
-                scores[j] = held_out.tolist()
-                if examples[j].strict:
-                    losses.append(preference_loss(held_out, examples[j].strict, []).item())
-        curve.append(sum(losses) / max(1, len(losses)))
-        if not math.isfinite(curve[-1]):
-            raise RewardDiverged("the reward model's held-out loss is not a finite number")
-        if epoch == 0 or curve[-1] < 0.99 * curve[passes]:  # a pass that brings less is not worth its seconds
-            passes, best = epoch, (scores, [state_of(reward, i) for i in range(len(fits))])
-        elif epoch - passes >= config.patience:
+            progress((len(curve) + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {len(curve)}, fold {i + 1} of {len(fits)}")
+            fits[i].epoch(len(curve) - 1)
+            tried.append(Tested.of(reward, i, examples, features, fold.test))
+            if mean_loss(tried) >= 0.99 * mean_loss(best[: i + 1]):  # a pass that brings less is not worth its seconds
+                break
+        else:
+            best, passes = tried, len(curve)
+        if len(tried) == len(fits):
+            curve.append(mean_loss(tried))
+        else:
             break
-    for i, state in enumerate(best[1]):
-        restore(reward, i, state)
-    return CrossValidation(best[0], curve, passes, ridge, reward)
+    for i, kept in enumerate(best):
+        kept.restore(reward, i)
+    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One fold's member at one moment: its scores of the votes it did not see, their losses (nats), and its parameters."""
+
+    scores: dict[int, list[float]]
+    losses: list[float]
+    adapter: str | None
+    state: dict[str, Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], test: Sequence[int]
+    ) -> Tested:
+        """Score `test` (indices of examples). features: the base's, which are enough while the member has no adapter."""
+        member = reward.members[which]
+        if member.adapter:
+            rows = [s[:, 0] for s in reward.score_examples([examples[j] for j in test], [which])]
+        else:
+            rows = [member.of_features(features[j].to(reward.model.device)).cpu() for j in test]
+        losses = [preference_loss(s, examples[j].strict, []).item() for j, s in zip(test, rows, strict=True) if examples[j].strict]
+        if not all(map(math.isfinite, losses)):
+            raise RewardDiverged("the reward model's held-out loss is not a finite number")
+        state = {name: value.detach().clone() for name, value in named(reward, which).items()}
+        return cls({j: s.tolist() for j, s in zip(test, rows, strict=True)}, losses, member.adapter, state)
+
+    @torch.no_grad()
+    def restore(self, reward: RewardModel, which: int) -> None:
+        """Put the member back to where it was."""
+        member = reward.members[which]
+        if member.adapter and not self.adapter:
+            reward.model.lora.delete(member.adapter)
+            member.adapter = None
+        for name, value in named(reward, which).items():
+            value.copy_(self.state[name])
+
+
+def mean_loss(parts: Sequence[Tested]) -> float:
+    """Nats a comparison, over the folds together."""
+    losses = [loss for part in parts for loss in part.losses]
+    return sum(losses) / max(1, len(losses))
 
 
 def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float) -> float:
@@ -380,26 +432,12 @@ def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], 
     return min(losses)[1]
 
 
-@torch.no_grad()
-def tested(
-    reward: RewardModel, which: int, examples: Sequence[RankedExample], features: Sequence[Tensor], test: Sequence[int], epoch: int
-) -> list[Tensor]:
-    """Scores (K,) of each tested example by one member. Before the first pass its adapter changes nothing, so the
-    base's features, which are there already, are enough."""
-    if not epoch:
-        member = reward.members[which].cpu()
-        scores = [member.of_features(features[j]) for j in test]
-        member.to(reward.model.device)
-        return scores
-    return [s[:, 0] for s in reward.score_examples([examples[j] for j in test], [which])]
-
-
 def fit_members(
     model: CausalModel, examples: Sequence[RankedExample], config: RewardConfig, epochs: int, ridge: float, seed: int,
     progress: Progress,
 ) -> RewardModel:  # fmt: skip
     """The ensemble that PPO optimises: `config.members` members on all examples, `epochs` passes each."""
-    reward = RewardModel.create(model, config, config.members, seed)
+    reward = RewardModel.create(model, config, config.members)
     features = base_features(reward, examples)
     for i in range(config.members):
         fit = Fit(reward, i, examples, features, ridge, seed + i)
@@ -409,19 +447,8 @@ def fit_members(
     return reward
 
 
-def state_of(reward: RewardModel, which: int) -> dict[str, Tensor]:
-    """A copy of one member's adapter and head."""
-    return {name: value.detach().clone() for name, value in named(reward, which).items()}
-
-
-@torch.no_grad()
-def restore(reward: RewardModel, which: int, state: dict[str, Tensor]) -> None:
-    """Put back what `state_of` copied."""
-    for name, value in named(reward, which).items():
-        value.copy_(state[name])
-
-
 def named(reward: RewardModel, which: int) -> dict[str, nn.Parameter]:
-    """Every parameter of one member, adapter and head."""
+    """Every parameter of one member, its adapter's included where it has one."""
     member = reward.members[which]
-    return {**reward.model.lora.parameters(member.adapter), **dict(member.named_parameters())}
+    adapter = reward.model.lora.parameters(member.adapter) if member.adapter else {}
+    return {**adapter, **dict(member.named_parameters())}

@@ -187,7 +187,7 @@ def shaken(model: CausalModel, name: str, by: float) -> str:
 def test_the_gate_runs_on_a_real_model_and_the_live_version_itself_does_not_pass(
     model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]
 ) -> None:
-    judges = Liking.create(model, RewardConfig(lora_r=4), 2, 0, "judge")
+    judges = Liking.create(model, RewardConfig(lora_r=4), 2, "judge")
     model.lora.create("same", r=4, seed=0)  # changes nothing
     said: list[float] = []
     gate = run_gate(
@@ -202,7 +202,7 @@ def test_the_gate_runs_on_a_real_model_and_the_live_version_itself_does_not_pass
 def test_a_candidate_far_from_the_reference_is_found_out_on_a_real_model(
     model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]
 ) -> None:
-    judges = Liking.create(model, RewardConfig(lora_r=4), 2, 0, "judge")
+    judges = Liking.create(model, RewardConfig(lora_r=4), 2, "judge")
     far = shaken(model, "far", 0.5)
     gate = run_gate(
         model, tokenizer, judges, prompts=prompts, candidate=far, live=None, reference=None, config=GateConfig(max_new_tokens=10), probes=[]
@@ -214,7 +214,7 @@ def test_a_candidate_far_from_the_reference_is_found_out_on_a_real_model(
 def test_weights_that_are_not_finite_are_rejected_before_anything_is_asked(
     model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], bad: float
 ) -> None:
-    judges = Liking.create(model, RewardConfig(lora_r=4), 2, 0, "judge")
+    judges = Liking.create(model, RewardConfig(lora_r=4), 2, "judge")
     name = shaken(model, "bad", 0.01)
     with torch.no_grad():
         next(iter(model.lora.parameters(name).values()))[0, 0] = bad
@@ -223,7 +223,7 @@ def test_weights_that_are_not_finite_are_rejected_before_anything_is_asked(
 
 
 def test_prompts_without_room_are_an_error_and_not_a_verdict(model: CausalModel, tokenizer: ChatTokenizer) -> None:
-    judges = Liking.create(model, RewardConfig(lora_r=4), 2, 0, "judge")
+    judges = Liking.create(model, RewardConfig(lora_r=4), 2, "judge")
     model.lora.create("same", r=4, seed=0)
     with pytest.raises(GateError, match="leaves room"):
         run_gate(model, tokenizer, judges, prompts=[[5] * 500], candidate="same", live=None, reference=None, config=CONFIG, probes=[])

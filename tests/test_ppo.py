@@ -53,7 +53,7 @@ def prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
 
 
 def reward_for(model: CausalModel, function: object, prefix: str = "reward") -> Planted:
-    return Planted.create(model, RewardConfig(members=2, lora_r=4), 2, seed=3, prefix=prefix).plant(function)
+    return Planted.create(model, RewardConfig(members=2, lora_r=4), 2, prefix=prefix).plant(function)
 
 
 def even_share(completion: Sequence[int]) -> float:
@@ -191,7 +191,7 @@ def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalMode
 
 
 def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
-    reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2, seed=3)
+    reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2)
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
     scorer = Scorer(reward, batch)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: Ca
 
 def test_members_with_other_offsets_and_scales_count_the_same(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
-    reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2, seed=3)
+    reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2)
     reward.score = lambda p, c: torch.tensor([[even_share(x), 50 - 7 * even_share(x)] for x in c])  # type: ignore[method-assign]
     units = Scorer(reward, batch)(batch)
     assert torch.allclose(units[:, 0], -units[:, 1], atol=1e-4) and units.mean(0).abs().max() < 1e-5

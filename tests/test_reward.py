@@ -56,8 +56,14 @@ def shortest_wins(count: int, seed: int) -> list[RankedExample]:
     return out
 
 
-def test_the_score_is_last_token_reply_mean_and_length_whatever_the_padding(model: CausalModel) -> None:
-    reward = RewardModel.create(model, SMALL, 1, 0)
+@pytest.mark.parametrize("adapter", [None, "reward0"])
+def test_the_score_is_last_token_reply_mean_and_length_whatever_the_padding(model: CausalModel, adapter: str | None) -> None:
+    reward = RewardModel.create(model, SMALL, 1)
+    if adapter:
+        model.lora.create(adapter, r=4, alpha=8)
+        for name, p in model.lora.parameters(adapter).items():
+            torch.nn.init.normal_(p, std=0.1 if "lora_B" in name else 0.3)
+        reward.members[0].adapter = adapter
     torch.nn.init.normal_(reward.members[0].head.weight)
     torch.nn.init.normal_(reward.members[0].pooled.weight)
     torch.nn.init.constant_(reward.members[0].slope, 0.3)
@@ -67,14 +73,14 @@ def test_the_score_is_last_token_reply_mean_and_length_whatever_the_padding(mode
     assert together.shape == (5, 1)
     for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         with torch.no_grad():
-            hidden = model(torch.tensor([[*p, *c]]), adapter="reward0")[0]
+            hidden = model(torch.tensor([[*p, *c]]), adapter=adapter)[0]
             member = reward.members[0]
             expected = float(member.head(hidden[-1]) + member.pooled(hidden[len(p) :].mean(0)) + 0.3 * math.log(1 + len(c)))
         assert float(together[i, 0]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_long_prompts_lose_their_oldest_tokens_and_never_the_reply(model: CausalModel) -> None:
-    reward = RewardModel.create(model, RewardConfig(members=1, max_tokens=12), 1, 0)
+    reward = RewardModel.create(model, RewardConfig(members=1, max_tokens=12), 1)
     rows = reward.rows([(range(100, 120), [7, 8, 1]), ([5], [6] * 20), ([5], [6])])
     assert rows.ids[0].tolist() == [*range(111, 120), 7, 8, 1]
     assert rows.reply.sum(1).tolist() == [3, 12, 1] and rows.valid.sum(1).tolist() == [12, 12, 2]
@@ -176,6 +182,17 @@ def test_saved_and_loaded_it_gives_the_same_scores(model: CausalModel, tmp_path:
     assert (tmp_path / "reward" / "member1" / "adapter_model.safetensors").is_file()
 
 
+def test_heads_on_the_bare_base_need_no_adapter_on_disk_either(model: CausalModel, tmp_path: Path) -> None:
+    examples = shortest_wins(12, 4)
+    reward = fit_members(model, examples, SMALL, 0, 0.01, 5, QUIET)
+    assert [m.adapter for m in reward.members] == [None, None]
+    reward.save(tmp_path / "heads")
+    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["heads.safetensors", "reward.json"]
+    again = RewardModel.load(model, SMALL, tmp_path / "heads")
+    for a, b in zip(reward.score_examples(examples), again.score_examples(examples), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_same_seed_gives_the_same_members(model: CausalModel) -> None:
     examples = shortest_wins(12, 6)
     first = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, QUIET).score_examples(examples))
@@ -202,9 +219,10 @@ def test_every_vote_is_scored_by_a_member_that_never_saw_it(model: CausalModel) 
 
 def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: CausalModel) -> None:
     examples = shortest_wins(24, 9)
-    config = RewardConfig(epochs=2, patience=1, lr=0.5, head_lr=0.5, lora_r=4)  # steps so wild that they only do harm
+    config = RewardConfig(epochs=2, lr=0.5, head_lr=0.5, lora_r=4)  # steps so wild that they only do harm
     checked = cross_validate(model, examples, split_folds(examples, 3, 0), config, 0, QUIET)
     assert checked.epochs == 0 and checked.curve[0] == min(checked.curve)
+    assert [m.adapter for m in checked.judges.members] == [None] * 3 and "judge0" not in model.lora.names()
     features = base_features(checked.judges, examples)
     fold = split_folds(examples, 3, 0).folds[0]
     expected = checked.judges.members[0].of_features(features[fold.test[0]]).detach()
@@ -214,7 +232,7 @@ def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: Caus
 
 def test_clear_tastes_get_a_small_penalty_and_noise_a_large_one(model: CausalModel) -> None:
     rng, clear = random.Random(1), repeating_wins(30, 11)
-    features = base_features(RewardModel.create(model, SMALL, 1, 0), clear)
+    features = base_features(RewardModel.create(model, SMALL, 1), clear)
     noise = [replace(e, groups=((best := rng.randrange(3),), tuple(i for i in range(3) if i != best))) for e in clear]
     split = split_folds(clear, 3, 0)
     assert choose_ridge(clear, features, split, 0.01) < choose_ridge(noise, features, split, 0.01)
