@@ -364,14 +364,15 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="as in `plaudit keys l
 
 @app.command()
 def export(
-    format: Annotated[str, typer.Option(help="preference (TRL's prompt/chosen/rejected), ranking or demonstration")] = "preference",
+    format: Annotated[str, typer.Option(help="preference (TRL's prompt/chosen/rejected), preference-implicit, ranking or demonstration")] = "preference",
     data_dir: DataDir = None,
 ) -> None:
     """Write the votes as JSONL to standard output, with the server running or not."""
     from store import Store
+    from store.store import EXPORTS
 
-    if format not in ("preference", "ranking", "demonstration"):
-        fail(f"unknown format {format}: preference, ranking or demonstration")
+    if format not in EXPORTS:
+        fail(f"unknown format {format}: {', '.join(EXPORTS)}")
     with plain_errors(), contextlib.closing(Store.open(load_settings(data_dir=data_dir).data_dir, read_only=True)) as store:
         for row in store.export(format):
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -379,7 +380,7 @@ def export(
 
 @app.command("import")
 def import_votes(
-    file: Annotated[Path, typer.Argument(help="JSONL or JSONL.gz of prompt, chosen, rejected and optionally voter")],
+    file: Annotated[Path, typer.Argument(help=".jsonl or .json, also .gz, of chosen, rejected, and optionally prompt and voter")],
     data_dir: DataDir = None,
 ) -> None:
     """Read people's preferences into the data directory as votes. The server must not be running there.

@@ -18,9 +18,9 @@ ROWS = 200  # read per turn on the database thread, so that chats and votes get 
 
 @router.get("/v1/export", response_class=StreamingResponse)
 async def export(
-    request: Request, who: Operator, format: Literal["preference", "ranking", "demonstration"] = "preference"
+    request: Request, who: Operator, format: Literal["preference", "preference-implicit", "ranking", "demonstration"] = "preference"
 ) -> StreamingResponse:
-    """JSONL. `preference` is TRL's conversational prompt/chosen/rejected."""
+    """JSONL. `preference` is TRL's conversational prompt/chosen/rejected, `preference-implicit` its variant without prompt."""
     runtime = runtime_of(request)
     rows = await runtime.db(lambda: iter(runtime.store.export(format)))
     await runtime.db(runtime.store.audit, who.actor, "export", {"format": format})

@@ -14,10 +14,12 @@ from store.errors import (
     StoreError,
 )
 from store.imports import import_preferences
+from store.preferences import Preference, read_preferences
 from store.rounds import RoundFiles
 from store.store import Store, new_id
 
 __all__ = [
     "AdapterRegistry", "BadImport", "CorruptAdapter", "DataDirInUse", "DataDirUnwritable", "DatabaseTooNew", "DiskFull",
-    "Manifest", "NoDatabase", "NotFound", "RoundFiles", "Store", "StoreError", "durability", "import_preferences", "new_id",
+    "Manifest", "NoDatabase", "NotFound", "Preference", "RoundFiles", "Store", "StoreError", "durability", "import_preferences",
+    "new_id", "read_preferences",
 ]

@@ -7,7 +7,7 @@
     ├── NoDatabase            read-only, and there is none yet (also a FileNotFoundError)
     ├── DiskFull              nothing was written
     ├── NotFound              no such comparison, conversation, version, round
-    ├── BadImport             a line of an imported file is not usable
+    ├── BadImport             a line of a data file is not usable
     └── CorruptAdapter        a published adapter's files are not what its manifest says
 """
 
@@ -43,7 +43,7 @@ class NotFound(StoreError):
 
 
 class BadImport(StoreError):
-    """A line of an imported file is not usable; nothing of the file was taken in."""
+    """A data file, or a line of it, is not usable; nothing of the file was taken in."""
 
 
 class CorruptAdapter(StoreError):

@@ -13,7 +13,8 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from sqlite_utils import Database
 
 from store.database import connect_reader, connect_writer, lock_data_dir, plain_errors
 from store.errors import NotFound
+from store.preferences import Preference
 from store.records import (
     AdapterRow,
     Comparison,
@@ -327,6 +329,11 @@ class Store:
         with self._read() as db:
             return db.execute("select count(*) from standing_votes where seq > ?", [since_seq]).fetchone()[0]
 
+    def standing_demonstrations(self, *, since_seq: int = 0) -> int:
+        """How many standing votes after `since_seq` carry a reply that a person wrote."""
+        with self._read() as db:
+            return db.execute("select count(*) from demonstrations where seq > ?", [since_seq]).fetchone()[0]
+
     def vote_counts(self) -> VoteCounts:
         """Standing votes, and those that no finished round has used yet."""
         with self._read() as db:
@@ -336,8 +343,9 @@ class Store:
 
     def export(self, format: str) -> Iterator[dict[str, Any]]:
         """Standing votes as rows: `preference` (TRL's conversational prompt/chosen/rejected, one row a strict pair),
-        `ranking` (one row a vote) or `demonstration` (a conversation that ends with a person's own reply)."""
-        make = {"preference": preference_rows, "ranking": ranking_rows, "demonstration": demonstration_rows}[format]
+        `preference-implicit` (the same without prompt: both replies with the conversation before them), `ranking` (one
+        row a vote) or `demonstration` (a conversation that ends with a person's own reply)."""
+        make = EXPORTS[format]
         seq = 0
         while batch := self.voted_comparisons(since_seq=seq, limit=EXPORT_ROWS):
             for item in batch:
@@ -473,15 +481,17 @@ def said(role: str, text: str) -> list[Message]:
     return [{"role": role, "content": text}]
 
 
-def preference_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
+def preference_rows(item: VotedComparison, *, implicit: bool = False) -> Iterable[dict[str, Any]]:
     """One row for each strict pair of the ranking; an edit beats what it edited (with no favourite: every reply)."""
-    prompt, vote = list(item.comparison.messages), item.vote
+    vote = item.vote
     text = {c.index: c.text for c in item.comparison.completions}
     pairs = [(text[w], text[loser]) for i, group in enumerate(vote.groups) for w in group for later in vote.groups[i + 1:] for loser in later]
     if vote.edit:
         pairs += [(vote.edit, text[i]) for i in (vote.groups[0] if vote.groups else text)]
     for chosen, rejected in pairs:
-        yield {"prompt": prompt, "chosen": said("assistant", chosen), "rejected": said("assistant", rejected), "voter": vote.voter}
+        if chosen == rejected:  # the same words twice: nothing to learn, and no reader takes them
+            continue
+        yield Preference(item.comparison.messages, chosen, rejected, vote.voter).row(implicit=implicit)
 
 
 def ranking_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
@@ -496,3 +506,9 @@ def demonstration_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
     """The conversation with the person's own reply at its end."""
     if item.vote.edit:
         yield {"messages": [*item.comparison.messages, *said("assistant", item.vote.edit)], "voter": item.vote.voter}
+
+
+EXPORTS: dict[str, Callable[[VotedComparison], Iterable[dict[str, Any]]]] = {
+    "preference": preference_rows, "preference-implicit": partial(preference_rows, implicit=True),
+    "ranking": ranking_rows, "demonstration": demonstration_rows,
+}
