@@ -95,6 +95,30 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
+class SFTRoundConfig:
+    """Instruction finetuning of an adapter. `learner/finetune.py` and `learner/demonstrations.py` read it."""
+
+    min_demonstrations: int = 32  # new replies that people wrote, to start a round of it before the next PPO round
+    passes: int = 8  # over the demonstrations at most; the one with the lowest held-out loss is kept
+    patience: int = 2  # passes in a row without a lower held-out loss that end the run
+    lora_r: int = 16  # of a new adapter; a live version's own rank stays
+    lora_alpha: int = 32
+    lr: float = 1e-3  # AdamW, peak
+    weight_decay: float = 0.01
+    tokens_per_batch: int = 512  # padded tokens a step: some dozen demonstrations must make more than a step a pass
+    max_tokens: int = 512  # of a chat; longer ones lose their oldest tokens
+    max_seconds: float = 120.0  # wall clock after which the run ends with the best pass so far
+    max_steps: int = 0  # end after this many, with the learning rates of `passes` (replays); 0 = no such limit
+    max_kl: float = 24.0  # nats a reply against the old reference: finetuning moves further than PPO may
+
+    def __post_init__(self) -> None:
+        _need(self.min_demonstrations >= 2, "sft.min_demonstrations must be at least 2")
+        _need(self.passes >= 1 and self.patience >= 1, "sft.passes and sft.patience must be at least 1")
+        _need(self.lr > 0, "sft.lr must be positive")
+        _need(self.max_tokens >= 2 and self.tokens_per_batch >= 1, "sft.max_tokens must be at least 2, sft.tokens_per_batch at least 1")
+
+
+@dataclass(frozen=True)
 class GateConfig:
     """What a candidate must pass. `learner/gate.py` reads it."""
 
@@ -135,6 +159,7 @@ class LearnerConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    sft: SFTRoundConfig = field(default_factory=SFTRoundConfig)
 
     def __post_init__(self) -> None:
         _need(self.round_votes >= 1, "round_votes must be at least 1")
@@ -165,7 +190,7 @@ class LearnerConfig:
         return LearnerConfig.from_dict(nested)
 
 
-SECTIONS = {"reward": RewardConfig, "ppo": PPOConfig, "gate": GateConfig}
+SECTIONS = {"reward": RewardConfig, "ppo": PPOConfig, "gate": GateConfig, "sft": SFTRoundConfig}
 
 
 def _build(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:

@@ -101,7 +101,7 @@ class Probe:
 def run_gate(
     model: CausalModel,
     tokenizer: ChatTokenizer,
-    judges: RewardModel,
+    judges: RewardModel | None,
     *,
     prompts: Sequence[Sequence[int]],
     candidate: str,
@@ -114,8 +114,9 @@ def run_gate(
 ) -> dict[str, Any]:
     """Measure adapter `candidate` against `live` and `reference` (adapters; None for the base) and judge it.
 
-    prompts: token ids that PPO did not practise on. judges: reward members that it did not optimise. probes: known
-    answers `{"prompt", "answer"}`; the bundled ones when None. Returns `Verdict.to_dict()`. Raises GateError.
+    prompts: token ids that PPO did not practise on. judges: reward members that it did not optimise; None leaves out the
+    win rate and nothing else (instruction finetuning was not made to win by them). probes: known answers
+    `{"prompt", "answer"}`; the bundled ones when None. Returns `Verdict.to_dict()`. Raises GateError.
     """
     show = progress or (lambda fraction, words: None)
     weights = model.lora.parameters(candidate)
@@ -143,10 +144,9 @@ def run_gate(
     replies = {}
     for i, (version, batch) in enumerate(asked.items()):
         show(0.45 + 0.1 * i, "scoring by held-out reward members")
-        needed = version in (candidate, live)
+        scores = judges.score(batch.prompts, batch.completions) if judges and version in (candidate, live) else None
         replies[version] = Replies(
-            batch.texts, batch.finish_reasons, batch.lengths.tolist(), batch.group,
-            judges.score(batch.prompts, batch.completions) if needed else None,
+            batch.texts, batch.finish_reasons, batch.lengths.tolist(), batch.group, scores
         )  # fmt: skip
     show(0.75, "measuring the distance from the reference")
     kl = reply_kl(model, asked[candidate], candidate, reference, config.temperature)
@@ -164,11 +164,13 @@ def judge(
     candidate: Replies, live: Replies, reference: Replies, kl: Tensor, config: GateConfig,
     candidate_probe: Probe | None = None, reference_probe: Probe | None = None,
 ) -> Verdict:  # fmt: skip
-    """The checks, from what was measured. kl: (B,) nats of each of the candidate's replies against the reference."""
-    if candidate.scores is None or live.scores is None:
-        raise GateError("the candidate's and the live version's replies need scores")
-    wins = win_shares(candidate.scores, live.scores, candidate.group)
-    win, low, high = mean_interval(wins)
+    """The checks, from what was measured. kl: (B,) nats of each of the candidate's replies against the reference.
+
+    Where nobody scored the replies there is no win rate to check.
+    """
+    won = None
+    if candidate.scores is not None and live.scores is not None:
+        won = mean_interval(win_shares(candidate.scores, live.scores, candidate.group))
     mean_kl = float(kl.mean())
     ratio = candidate.length / live.length
     distinct = distinct_n(candidate.texts, 2) / max(distinct_n(reference.texts, 2), 1e-9)
@@ -177,15 +179,15 @@ def judge(
         "refusals": refusal_rate(candidate.texts) - refusal_rate(live.texts),
         "repetition": repetition(candidate.texts) - repetition(reference.texts),
     }
-    numbers = [win, mean_kl, ratio, distinct, *rises.values()]
+    numbers = [mean_kl, ratio, distinct, *rises.values()] + ([won[0]] if won else [])
     if candidate_probe is not None:
         numbers += [candidate_probe.loss, candidate_probe.accuracy]
     checks = [
         finite_check(sum(not math.isfinite(x) for x in numbers)),
-        Check(
-            "win_rate", finite(low), config.min_win_rate, low > config.min_win_rate,
-            f"held-out reward members prefer it to the live version in {win:.0%} of pairs; the check is on the lower 95% bound",
-        ),
+        *([] if won is None else [Check(
+            "win_rate", finite(won[1]), config.min_win_rate, won[1] > config.min_win_rate,
+            f"held-out reward members prefer it to the live version in {won[0]:.0%} of pairs; the check is on the lower 95% bound",
+        )]),
         Check("kl", finite(mean_kl), config.max_kl, mean_kl <= config.max_kl, "nats a reply away from the reference"),
         Check(
             "length", finite(ratio), config.max_length_ratio, 1 / config.max_length_ratio <= ratio <= config.max_length_ratio,
@@ -209,7 +211,8 @@ def judge(
         ),
     ]  # fmt: skip
     figures: dict[str, Any] = {
-        "win_rate": win, "win_rate_interval": [low, high], "kl": mean_kl, "prompts": len(wins), "replies": len(candidate.texts),
+        "win_rate": won and won[0], "win_rate_interval": won and [won[1], won[2]], "kl": mean_kl,
+        "prompts": len(candidate.texts) // candidate.group, "replies": len(candidate.texts),
         "length": candidate.length, "live_length": live.length, "broken": candidate.broken, "live_broken": live.broken,
         "reference_broken": reference.broken, "distinct2": distinct_n(candidate.texts, 2), "refusals": refusal_rate(candidate.texts),
     }  # fmt: skip
@@ -277,9 +280,22 @@ def reply_kl(model: CausalModel, batch: Trajectories, adapter: str, reference: s
     return total
 
 
-@torch.no_grad()
 def probe_answers(model: CausalModel, tokenizer: ChatTokenizer, probes: Sequence[dict[str, str]], adapter: str | None) -> Probe:
-    """Loss on each probe's answer, and how often it is likelier, a token, than the answers of the next three probes.
+    """Loss on the known answers, and how often the right one is the likeliest."""
+    each = probe_logprobs(model, tokenizer, probes, adapter)
+    return Probe(float(-each[:, 0].mean()), float(told_apart(each).mean()))
+
+
+def told_apart(each: Tensor) -> Tensor:
+    """`probe_logprobs` -> (n,) 1 where the right answer beats the wrong ones, else 0."""
+    return (each[:, 0] > each[:, 1:].max(1).values).float()
+
+
+@torch.no_grad()
+def probe_logprobs(
+    model: CausalModel, tokenizer: ChatTokenizer, probes: Sequence[dict[str, str]], adapter: str | None
+) -> Tensor:
+    """(n, 1 + OTHERS) mean nats a token of each probe's own answer and of the answers of the next OTHERS probes.
 
     Setting answers against each other is blind to style: a version that now prefers lists finds every plain sentence
     less likely, the right one no more than the wrong ones.
@@ -296,9 +312,7 @@ def probe_answers(model: CausalModel, tokenizer: ChatTokenizer, probes: Sequence
     for rows in rollout.chunks(batch, range(len(pairs)), CHUNK_TOKENS):
         logprobs, _ = rollout.reply_logprobs(model, batch, rows, adapter, 1.0)
         mean[rows.cpu()] = (logprobs.sum(1) / batch.lengths[rows]).cpu()
-    each = mean.view(n, OTHERS + 1)
-    right = each[:, 0] > each[:, 1:].max(1).values
-    return Probe(float(-each[:, 0].mean()), float(right.float().mean()))
+    return mean.view(n, OTHERS + 1)
 
 
 def load_probes(path: Path = PROBES) -> list[dict[str, str]]:

@@ -39,6 +39,7 @@ from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_slope, pair_accuracy, reward_report
 from learner.ppo import PPOError, train_ppo
 from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
+from learner.sft import SFTError
 from store.adapters import AdapterRegistry
 from store.errors import CorruptAdapter
 from store.files import read_json, write_json
@@ -49,8 +50,9 @@ POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
 POOL = Path(__file__).parent / "starter" / "prompts_pool.txt"  # a prompt a line
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
-SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
+SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
 Report = Callable[[str, float, str], None]
+Learn = Callable[["Learner", dict[str, Any], Sequence[Any], Path, Report], None]
 
 
 class RoundStopped(Exception):
@@ -86,14 +88,17 @@ class Learner:
         model = CausalModel.load(source, dtype=getattr(torch, name), device=device)
         return cls(model, ChatTokenizer.load(source), config, files, registry)
 
-    def run_round(self, n: int, voted: Sequence[Any], live: str, *, run_requested: int, report: Report) -> dict[str, Any]:
+    def run_round(
+        self, n: int, voted: Sequence[Any], live: str, *, run_requested: int, report: Report, learn: Learn | None = None
+    ) -> dict[str, Any]:
         """Run round `n` on the standing votes `voted`, starting from version `live`; write and return its record.
 
+        learn: what the round is made of; `Learner.learn` unless given (instruction finetuning: `demonstrations.learn`).
         States: published (a version that passed its gate), rejected (a version that did not), not_ready (the reward
         model is not good enough yet), failed. Only what is not an Exception gets out, such as the worker's Stopped.
         """
         record: dict[str, Any] = {
-            "round": n, "state": "failed", "reason": None, "started": time.time(), "ended": None, "votes": len(voted),
+            "round": n, "kind": "ppo", "state": "failed", "reason": None, "started": time.time(), "ended": None, "votes": len(voted),
             "vote_ids": [str(item.vote.id) for item in voted], "last_seq": max((item.vote.seq for item in voted), default=0),
             "run_requested": run_requested, "seed": self.config.seed + n, "config": self.config.to_dict(),
             "base_model": Path(self.model.source).name, "base_digest": self.model.digest, "parent": live, "reference": None,
@@ -108,13 +113,13 @@ class Learner:
             report(stage, overall, message)
 
         try:
-            self.learn(record, voted, directory, shown)
+            (learn or Learner.learn)(self, record, voted, directory, shown)
             write_json(directory / DRAFT, finite(record))  # should we be killed between publishing and recording
             record["version"] = self.publish(record)
             record["state"] = "rejected" if record["gate"]["verdict"] == "rejected" else "published"
         except RoundStopped as stop:
             record["state"], record["reason"] = stop.state, str(stop)
-        except (RewardDiverged, PPOError, GateError, AdapterError, CorruptAdapter) as error:
+        except (RewardDiverged, SFTError, PPOError, GateError, AdapterError, CorruptAdapter) as error:
             record["reason"] = first_line(error)
         except Exception as error:  # a learner failure is a record, and never an endless restart
             traceback.print_exc()
@@ -191,7 +196,7 @@ class Learner:
         """Make adapter POLICY the next version; its name."""
         ids = self.tokenizer.render([{"role": "user", "content": PROBE}])
         fields = {
-            "parent": record["parent"], "round": record["round"], "kind": "ppo", "base_digest": self.model.digest,
+            "parent": record["parent"], "round": record["round"], "kind": record["kind"], "base_digest": self.model.digest,
             "base_model": record["base_model"], "data_digest": record["data_digest"], "seed": record["seed"],
             "gate": finite(record["gate"]), "probe": probe(self.model, POLICY, ids), "reference": record["reference"],
         }  # fmt: skip
@@ -349,6 +354,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     Same means: the same data digest, and the same adapter bit for bit where the round published one. Wall-clock limits
     are replaced by the number of updates that were done. Raises FileNotFoundError, RoundStopped when votes are gone.
     """
+    from learner import demonstrations  # which needs this module first
     from store.store import Store
 
     files, registry = RoundFiles(data_dir / "rounds"), AdapterRegistry(data_dir / "adapters")
@@ -356,6 +362,8 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     config = LearnerConfig.from_dict(old["config"])
     if old.get("ppo"):
         config = replace(config, ppo=replace(config.ppo, max_seconds=math.inf, max_updates=old["ppo"]["updates"]))
+    if finetuning := old.get("kind") == "sft":
+        config = replace(config, sft=replace(config.sft, max_seconds=math.inf, max_steps=(old.get("sft") or {}).get("steps", 0)))
     with Store.open(data_dir, read_only=True) as store:
         by_id = {str(item.vote.id): item for item in store.voted_comparisons()}
     gone = [vote for vote in old["vote_ids"] if vote not in by_id]
@@ -364,12 +372,13 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     learner = Learner.load(source, config, files, registry)
     record = {
-        key: old[key] for key in ("round", "seed", "parent", "base_model")
+        key: old[key] for key in ("round", "seed", "parent", "base_model", "last_seq")
     } | {"config": config.to_dict(), "timings": {}, "reward": None, "ppo": None, "gate": None}  # fmt: skip
     digest, state = None, None
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            learner.learn(record, [by_id[vote] for vote in old["vote_ids"]], Path(scratch), lambda *_: None)
+            learn = demonstrations.learn if finetuning else Learner.learn
+            learn(learner, record, [by_id[vote] for vote in old["vote_ids"]], Path(scratch), lambda *_: None)
             learner.model.lora.save(POLICY, Path(scratch) / "adapter")
             digest = hashlib.sha256((Path(scratch) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
         except RoundStopped as stop:

@@ -1,7 +1,7 @@
 """Pretraining and instruction finetuning: one loop, two kinds of example. Owns the loss mask, batching and the schedule.
 
 Text examples carry loss on every token; chat examples only on what the assistant says, its end token included.
-It knows nothing of where text comes from (`learner/starter/corpus.py`) nor of adapters and votes.
+It knows nothing of where text comes from (`learner/starter/corpus.py`) nor of adapters (`learner/finetune.py`) and votes.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def make_optimizers(model: Any, config: SFTConfig) -> list[torch.optim.Optimizer
     Without `config.muon` AdamW takes all. Norms are not decayed. Muon's step is scaled to AdamW's size, so both share
     one learning rate.
     """
-    embedding = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    tables_of = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)]
+    embedding = {id(table.weight) for table in tables_of if table is not None}
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.dim() == 2 and id(p) not in embedding]
     tables = [p for p in trainable if p.dim() > 1 and (p.dim() > 2 or id(p) in embedding)]
@@ -207,9 +208,11 @@ def train(
     checkpoint: Path | None = None,
     on_step: Callable[[dict], None] | None = None,
     stop_after: int | None = None,
+    loss_of: Callable[[Any, Tensor, Tensor], Tensor] = token_loss,
 ) -> TrainResult:
     """Train `model` in place. Resumes from `checkpoint` when that file exists, and saves there as it goes.
 
+    `loss_of(model, ids, targets)`: as `token_loss`, for a module that is not a transformers model.
     `on_step` gets {"step", "progress", "loss", "lr", "grad_norm", "tokens_per_s"} after each step.
     `stop_after` ends the run early at that step, checkpointed, as a kill would: the rest is for a resumed run.
     """
@@ -251,7 +254,7 @@ def train(
         ids, targets = collate(rows, pad_id)
         # 2. Loss and gradient.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
-            loss = token_loss(model, ids, targets)
+            loss = loss_of(model, ids, targets)
         model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)

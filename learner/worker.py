@@ -80,6 +80,11 @@ def due(new_votes: int, paused: bool, run_requested: int, run_done: int, config:
     return run_requested > run_done or (not paused and new_votes >= config.round_votes)
 
 
+def finetuning_due(new_demonstrations: int, paused: bool, config: LearnerConfig) -> bool:
+    """Whether a round of instruction finetuning starts now, before any other."""
+    return not paused and new_demonstrations >= config.sft.min_demonstrations
+
+
 class Worker:
     """One learner on one data directory."""
 
@@ -113,7 +118,7 @@ class Worker:
     def _watch(self, learner: Any, once: bool) -> None:
         """Look every `poll_s`; run a round when one is due. A failed round uses up its votes as any other does, so it
         is not tried again until new ones have come."""
-        used_seq, run_done = progress_so_far(self.files)
+        used_seq, shown_seq, run_done = progress_so_far(self.files)
         shown: tuple[str, str | None] | None = None
         while True:
             state, reason = "idle", None
@@ -121,8 +126,10 @@ class Worker:
                 with Store.open(self.data_dir, read_only=True) as store:
                     control = store.control()
                     new_votes = store.standing_votes(since_seq=used_seq)
+                    demonstrations = store.standing_demonstrations(since_seq=shown_seq)
                     voted = None
-                    wanted = due(new_votes, control.paused, control.run_requested, run_done, self.config)
+                    finetuning = finetuning_due(demonstrations, control.paused, self.config)
+                    wanted = finetuning or due(new_votes, control.paused, control.run_requested, run_done, self.config)
                     if wanted and not awaited(self.files, store, self.config.take_in_s):
                         voted, live = store.voted_comparisons(), store.deployment().live
                     state = "paused" if control.paused else "idle"
@@ -131,8 +138,8 @@ class Worker:
             except (StoreError, OSError) as error:  # a writer holds it for a moment, the disk hiccups: look again
                 voted, state, reason = None, "degraded", f"cannot read the database ({type(error).__name__})"
             if voted is not None:
-                self._round(learner, voted, live, control.run_requested)
-                used_seq, run_done = progress_so_far(self.files)
+                self._round(learner, voted, live, control.run_requested, finetuning)
+                used_seq, shown_seq, run_done = progress_so_far(self.files)
                 shown = None
                 if once:
                     return
@@ -142,16 +149,20 @@ class Worker:
                 shown = (state, reason)
             time.sleep(self.config.poll_s)
 
-    def _round(self, learner: Any, voted: Sequence[Any], live: str, run_requested: int) -> None:
+    def _round(self, learner: Any, voted: Sequence[Any], live: str, run_requested: int, finetuning: bool) -> None:
+        from learner import demonstrations
+
         began = time.monotonic()
+        learn = demonstrations.learn if finetuning else None
+        voted = demonstrations.demonstrated(voted) if finetuning else voted
         n = self.files.begin()
         log.info("round_started", round=n, votes=len(voted), live=live)
 
         def report(stage: str, fraction: float, message: str) -> None:
             self.heartbeat.show(state=stage, round=n, progress=round(fraction, 3), message=message, reason=None)
 
-        result = learner.run_round(n, voted, live, run_requested=run_requested, report=report)
-        log.info("round_ended", round=n, state=result["state"], version=result["version"], seconds=round(time.monotonic() - began, 1))
+        result = learner.run_round(n, voted, live, run_requested=run_requested, report=report, learn=learn)
+        log.info("round_ended", round=n, kind=result["kind"], state=result["state"], version=result["version"], seconds=round(time.monotonic() - began, 1))
 
 
 def awaited(files: RoundFiles, store: Store, within_s: float) -> bool:
@@ -167,15 +178,18 @@ def awaited(files: RoundFiles, store: Store, within_s: float) -> bool:
     return fresh and store.round(max(finished)) is None
 
 
-def progress_so_far(files: RoundFiles) -> tuple[int, int]:
-    """(highest vote seq, highest run request) that finished rounds have used. An abandoned round has used none."""
-    used, done = 0, 0
+def progress_so_far(files: RoundFiles) -> tuple[int, int, int]:
+    """(highest vote seq, highest demonstration's seq, highest run request) that finished rounds have used.
+
+    An abandoned round has used none."""
+    used, demonstrated, done = 0, 0, 0
     for n in files.finished():
         result = files.read(n)
         if result.get("state") != "abandoned":
             used = max(used, int(result.get("last_seq") or 0))
+            demonstrated = max(demonstrated, int(result.get("demonstration_seq") or 0))
             done = max(done, int(result.get("run_requested") or 0))
-    return used, done
+    return used, demonstrated, done
 
 
 def main(argv: Sequence[str] | None = None) -> int:

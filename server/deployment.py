@@ -252,7 +252,7 @@ class Deployment:
             return
         await self._record(manifest, "candidate")
         log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=self.settings.promotion)
-        if manifest.kind == "upload" or self.settings.promotion == "manual":
+        if manifest.gate is None or self.settings.promotion == "manual":  # an upload, `plaudit sft`: an operator's to promote
             return
         if self.settings.promotion == "auto":
             await self._deploy(version, self.live, None, AUTO, "publish")

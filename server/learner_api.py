@@ -17,7 +17,7 @@ from server.errors import ApiError
 from server.runtime import Runtime
 
 router = APIRouter()
-STATES = ("idle", "training_reward", "ppo", "gating", "paused", "degraded")
+STATES = ("idle", "finetuning", "training_reward", "ppo", "gating", "paused", "degraded")
 STALE_S = 60.0  # a heartbeat older than this is from a learner that is gone or stuck
 
 
@@ -29,7 +29,7 @@ async def learner_view(runtime: Runtime) -> dict[str, Any]:
     state, reason = _state(runtime, beat, control.paused)
     last = runtime.deployment.last_round or {}
     verdict = (last.get("gate") or {}).get("verdict") or last.get("state")
-    busy = state in ("training_reward", "ppo", "gating")
+    busy = state in ("finetuning", "training_reward", "ppo", "gating")
     return {
         "state": state,
         "reason": reason,

@@ -12,7 +12,7 @@ from server.errors import ApiError
 from server.runtime import Runtime
 
 router = APIRouter()
-BUSY = ("training_reward", "ppo", "gating")
+BUSY = ("finetuning", "training_reward", "ppo", "gating")
 
 
 @router.get("/v1/rounds")

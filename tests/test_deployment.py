@@ -331,6 +331,18 @@ def test_an_uploaded_adapter_is_checked_and_becomes_a_candidate(tiny_llama: Path
         assert len(running.runtime.bridge._engine.versions()) == 2
 
 
+def test_a_version_without_a_gate_waits_for_an_operator_and_a_gated_finetuned_one_does_not(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        ungated = publish_random(running.runtime.registry, tiny_llama, seed=1, kind="sft", gate=None)
+        running.until(lambda: running.runtime.deployment.gaps.get(ungated) is not None)
+        running.until(lambda: any(row["version"] == ungated for row in c.get("/v1/adapters").json()["data"]))
+        listed = c.get("/v1/adapters").json()
+        assert listed["live"] == "base" and [row["status"] for row in listed["data"] if row["version"] == ungated] == ["candidate"]
+        gated = publish_random(running.runtime.registry, tiny_llama, seed=2, kind="sft")
+        running.until(lambda: c.get("/v1/adapters").json()["live"] == gated)
+        assert c.post(f"/v1/adapters/{ungated}/promote").json()["live"] == ungated
+
+
 def test_finished_rounds_are_taken_in(tiny_llama: Path, tmp_path: Path) -> None:
     files = RoundFiles(tmp_path / "rounds")
     with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:

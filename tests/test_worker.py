@@ -21,6 +21,7 @@ from learner.worker import awaited, due, main, progress_so_far
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
 from store.store import Store
+from tests.test_demonstrations import edit_on
 from tests.test_round import vote_on
 
 FAST = {
@@ -78,7 +79,7 @@ def test_abandoned_rounds_have_used_no_votes_and_failed_ones_have(tmp_path: Path
     files = RoundFiles(tmp_path)
     for record in ({"state": "published", "last_seq": 9, "run_requested": 1}, {"state": "failed", "last_seq": 20}, {"state": "abandoned", "last_seq": 99}):
         files.finish(files.begin(), record)
-    assert progress_so_far(files) == (20, 1)
+    assert progress_so_far(files) == (20, 0, 1)
 
 
 def test_the_next_round_waits_until_the_server_has_taken_in_the_last_version(tmp_path: Path) -> None:
@@ -140,6 +141,29 @@ def test_it_waits_for_votes_runs_a_round_and_does_not_run_hot(tmp_path: Path, ti
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     assert [line["event"] for line in lines].count("round_ended") == 2
     assert "Question number" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_edits_start_a_finetuning_round_before_the_next_ppo_round_which_takes_it_as_its_reference(tmp_path: Path, tiny_llama: Path) -> None:
+    files, log = RoundFiles(tmp_path / "rounds"), tmp_path / "learner.log"
+    loose = {"gate.max_broken_rise": 2, "gate.min_distinct2_ratio": -1, "gate.max_length_ratio": 1e9, "gate.max_probe_loss_rise": 1e9,
+             "gate.max_probe_accuracy_fall": 2, "gate.max_repetition_rise": 2}  # fmt: skip
+    settings = {**FAST, **loose, "take_in_s": 60, "sft.min_demonstrations": 6, "sft.passes": 2, "sft.lora_r": 4, "sft.max_kl": 1e6}
+    with Store.open(tmp_path) as store:
+        vote_on(store, ChatTokenizer.load(tiny_llama), 12)
+        edit_on(store, 6)
+        with worker(tmp_path, tiny_llama, settings) as child:
+            until(lambda: files.finished() == [1], child, log)
+            first = files.read(1)
+            assert (first["kind"], first["state"]) == ("sft", "published"), first
+            manifest = AdapterRegistry(tmp_path / "adapters").manifest(first["version"]).to_dict()
+            store.take_in_adapter(manifest, "candidate")  # what a server does with it
+            store.deploy(first["version"], "base", actor="auto", action="publish")
+            store.take_in_round(1, first)
+            assert store.vote_counts().pending == 18  # no vote was used up
+            until(lambda: files.finished() == [1, 2], child, log)
+        second = files.read(2)
+    assert (second["kind"], second["parent"], second["reference"]) == ("ppo", first["version"], first["version"])
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ JSON = dict[str, Any]
 DASH = '<span class="dash" title="not reported">–</span>'
 STATUSES = {"live": "good", "candidate": "new", "retired": "", "rejected": "bad"}
 ROUND_STATES = {
-    "pass": "passed", "not_ready": "not ready", "training_reward": "training the reward model", "ppo": "practising",
+    "pass": "passed", "not_ready": "not ready", "finetuning": "learning from edits", "training_reward": "training the reward model", "ppo": "practising",
     "gating": "being checked",
 }
 STATS = (
@@ -124,7 +124,7 @@ def learner(state: JSON) -> str:
     name = state.get("state")
     words = STATES.get(name, plain(name or "Unknown")) if isinstance(name, str) else "Unknown"
     done = fraction(state.get("progress"))
-    working = name in ("training_reward", "ppo", "gating")
+    working = name in ("finetuning", "training_reward", "ppo", "gating")
     bar = ""
     if working:
         now = "" if done is None else f' value="{done:.3f}"'

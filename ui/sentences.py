@@ -13,12 +13,14 @@ from typing import Any
 from ui.render import plain
 
 WORKING = {
+    "finetuning": "learning from the replies people wrote",
     "training_reward": "training the reward model",
     "ppo": "practising better replies",
     "gating": "checking that the new version is really better",
 }
 STATES = {
     "idle": "Waiting for votes",
+    "finetuning": "Learning from edits",
     "training_reward": "Training the reward model",
     "ppo": "Practising (PPO)",
     "gating": "Checking the new version",

@@ -1,0 +1,102 @@
+"""A round of instruction finetuning on the replies people wrote, and what it makes: a new reference.
+
+What `Learner.run_round` does with `learn` instead of reward model and PPO. The version it publishes is of kind "sft", so
+from the first PPO round that starts from it (or from a descendant) on, KL is measured against it
+(`Learner.reference_of`). Owns what a demonstration is and the order of the round; `learner/finetune.py` owns training,
+`learner/worker.py` when it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.tokenizer import ChatTokenizer
+from learner.config import LearnerConfig
+from learner.finetune import finetune, last_reply
+from learner.gate import run_gate
+from learner.round import POLICY, REFERENCE, START, Lap, Learner, Report, RoundStopped, choose_prompts
+from learner.sft import Example
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One reply a person wrote: its prompt as the engine renders it, and both as training sees them."""
+
+    prompt_ids: tuple[int, ...]
+    example: Example
+    vote_id: str
+
+
+def demonstrated(voted: Sequence[Any]) -> list[Any]:
+    """The standing votes (`store.records.VotedComparison`) that carry a person's own reply: an edit."""
+    return [item for item in voted if item.vote.edit]
+
+
+def demonstrations(voted: Sequence[Any], tokenizer: ChatTokenizer, limit: int) -> list[Demonstration]:
+    """The demonstrations among standing votes, oldest first, at most `limit` tokens each.
+
+    Only the person's reply carries loss: earlier turns are the model's own words. A conversation that the chat template
+    refuses is left out.
+    """
+    found = []
+    for item in sorted(demonstrated(voted), key=lambda item: item.vote.seq):
+        messages = [{"role": m["role"], "content": m["content"]} for m in item.comparison.messages]
+        try:
+            prompt = tokenizer.render(messages)
+        except ValueError:
+            continue
+        found.append(Demonstration(tuple(prompt), last_reply(tokenizer, prompt, item.vote.edit, limit), str(item.vote.id)))
+    return found
+
+
+def digest(found: Sequence[Demonstration]) -> str:
+    """sha256 over everything that training sees, whatever the order it came in."""
+    rows = sorted(json.dumps([d.vote_id, d.example.ids, d.example.loss]) for d in found)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def learn(learner: Learner, record: dict[str, Any], voted: Sequence[Any], directory: Path, report: Report) -> None:
+    """Everything of the round but publishing; fills `record` and leaves the new version in adapter POLICY.
+
+    The demonstrations become `demonstration_seq`; votes stay unused (`last_seq` 0), and so does an operator's wish for a
+    round, so that the PPO round after it has them. Raises RoundStopped, SFTError, GateError, AdapterError, CorruptAdapter.
+    """
+    record |= {"kind": "sft", "demonstration_seq": record["last_seq"], "last_seq": 0, "run_requested": 0, "sft": None}
+    config, seed, model = LearnerConfig.from_dict(record["config"]), record["seed"], learner.model
+    lap = Lap(record["timings"])
+
+    # 1. Demonstrations; those on held-out prompts are for measuring only.
+    found = demonstrations(voted, learner.tokenizer, min(config.sft.max_tokens, model.max_context))
+    record["data_digest"] = digest(found)
+    prompts = choose_prompts(voted, learner.tokenizer, config, seed)
+    held = set(prompts.held_out)
+    training = [d.example for d in found if d.prompt_ids not in held]
+    held_out = [d.example for d in found if d.prompt_ids in held]
+
+    # 2. Where it starts, and the reference it replaces.
+    start = learner.load_version(record["parent"], START)
+    record["reference"] = learner.reference_of(record["parent"], config.reference)
+    reference = learner.load_version(record["reference"], REFERENCE)
+
+    # 3. Finetuning.
+    result = finetune(
+        model, training, held_out, config.sft, adapter=POLICY, start=start, seed=seed,
+        progress=lambda f, m: report("finetuning", f, m),
+    )  # fmt: skip
+    record["sft"] = asdict(result)
+    lap.mark("sft_s")
+    learner.check_finite()
+    if not result.kept:
+        raise RoundStopped("failed", "finetuning brought nothing to keep: the loss on held-out demonstrations did not fall")
+
+    # 4. The gate: everything but the win rate, as no reward model was asked to make it win.
+    record["gate"] = run_gate(
+        model, learner.tokenizer, None, prompts=prompts.held_out, live=start, candidate=POLICY, reference=reference,
+        config=replace(config.gate, max_kl=config.sft.max_kl), seed=seed, progress=lambda f, m: report("gating", f, m),
+    )  # fmt: skip
+    lap.mark("gate_s")
