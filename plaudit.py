@@ -38,13 +38,16 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="Make, list and revoke API keys. A running server notices at once.", no_args_is_help=True)
 adapters = typer.Typer(help="The versions of a running server: list, promote, roll back.", invoke_without_command=True)
+reward = typer.Typer(help="The reward models that rounds have saved: test one on a file of preferences.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(adapters, name="adapters")
+app.add_typer(reward, name="reward")
 out = Console()
 
 Url = Annotated[str, typer.Option(envvar="PLAUDIT_URL", help="address of the running server")]
 ApiKey = Annotated[str | None, typer.Option("--key", envvar="PLAUDIT_KEY", help="API key; none needed on loopback")]
 DataDir = Annotated[Path | None, typer.Option(help="directory that holds all state  [default: plaudit-data]")]
+ModelName = Annotated[str | None, typer.Option(help="base model: a directory or a hub id  [default: the bundled starter model]")]
 DEFAULT_URL = "http://127.0.0.1:7860"
 
 
@@ -75,6 +78,23 @@ def plain_errors() -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except HTTPError as error:
         fail(f"no answer from the server ({error or type(error).__name__}). Is `plaudit serve` running there?")
+
+
+@contextlib.contextmanager
+def plain_model_errors() -> Iterator[None]:
+    """`plain_errors`, and those of the model, of versions and of data that does not fit them."""
+    from engine.lora import AdapterError
+    from engine.source import ModelError
+    from learner.config import ConfigError
+    from learner.evaluate import EvaluationError
+    from learner.sft import SFTError
+    from learner.simulate import SimulateError
+
+    with plain_errors():
+        try:
+            yield
+        except (AdapterError, ModelError, ConfigError, EvaluationError, SFTError, SimulateError) as error:
+            fail(str(error).splitlines()[0])
 
 
 @contextlib.contextmanager
@@ -194,6 +214,223 @@ def starter(context: typer.Context) -> None:
     from learner.starter.recipe import main as recipe
 
     raise SystemExit(recipe(context.args))
+
+
+@app.command()
+def sft(
+    file: Annotated[Path, typer.Argument(help="chats: messages, Alpaca, Super-NaturalInstructions task, or prompt and references")],
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    parent: Annotated[str, typer.Option(help="the version to start from: base, live or v000001")] = "base",
+    name: Annotated[str | None, typer.Option(help="a word or two for people, kept in the manifest")] = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="over the chats at most; the best one is kept  [default: 8]")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate  [default: 0.001]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="of a new adapter  [default: 16]")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="stop after these with the best pass  [default: no limit]")] = None,
+    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="share of prompts kept to measure on")] = 0.1,
+    seed: Annotated[int, typer.Option(help="of the split, the order and the new weights")] = 0,
+) -> None:
+    """Finetune a LoRA adapter on instruction data and publish it as a candidate version. Prints JSON last.
+
+    FILE is .jsonl or .json, also .gz; only what the assistant says is learned. Works beside a running server, which takes
+    the version in; `plaudit adapters promote` makes it live, and from then on PPO measures KL against it.
+    """
+    import dataclasses
+
+    with plain_model_errors():
+        from learner.config import SFTRoundConfig
+        from learner.finetune import publish_finetuned
+        from learner.formats import read_instructions
+        from learner.versions import named_version, open_model
+        from store import AdapterRegistry
+
+        given = {"passes": passes, "lr": lr, "lora_r": rank, "lora_alpha": None if rank is None else 2 * rank}
+        seconds = float("inf") if minutes is None else 60 * minutes
+        config = SFTRoundConfig(**{k: v for k, v in given.items() if v is not None}, max_seconds=seconds)
+        chats = [item.chat for item in read_instructions(file)]
+        settings = load_settings(data_dir=data_dir, model=model)
+        start = named_version(settings.data_dir, parent)
+        base, tokenizer = open_model(settings.model, settings.device, settings.dtype)
+        with progress_bar("finetuning") as progress:
+            manifest, result = publish_finetuned(
+                base, tokenizer, chats, config, AdapterRegistry(settings.data_dir / "adapters"), parent=start, name=name,
+                held_out=held_out, seed=seed, progress=lambda done, words: progress(round(1000 * done), 1000),
+            )
+    if result.loss_before is None:
+        out.print("too few prompts to hold any out: whether it learned more than these chats is not measured")
+    else:
+        out.print(f"on {result.held_out} chats held out: {result.loss_before:.3f} -> {result.loss_after:.3f} nats a token, "
+                  f"after {result.kept} of {result.passes} passes over {result.chats} chats", highlight=False)
+    out.print(f"{manifest.version} published, a candidate: `plaudit adapters promote {manifest.version}` makes it live", highlight=False)
+    print(json.dumps({"version": manifest.version, "parent": start, **dataclasses.asdict(result)}))
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+@app.command("eval")
+def evaluate(
+    version: Annotated[str | None, typer.Argument(help="live, base or v000001  [default: live]", show_default=False)] = None,
+    against: Annotated[str, typer.Option(help="the version to compare with: live, base or v000001")] = "base",
+    mmlu: Annotated[Path | None, typer.Option(help="folder of MMLU's *_test.csv and *_dev.csv")] = None,
+    task: Annotated[list[Path] | None, typer.Option(help="text to generate, scored by ROUGE-L; repeat for several")] = None,
+    preferences: Annotated[Path | None, typer.Option(help="pairs that a saved reward model is to order")] = None,
+    win_rate: Annotated[bool, typer.Option("--win-rate", help="replies of both, judged blind by a saved reward model")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="the bundled known answers; the default where nothing is named")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="for --win-rate: a prompt a line, or JSONL  [default: the starter's held-out ones]")] = None,
+    round_number: Annotated[int | None, typer.Option("--round", help="whose reward model  [default: the newest saved]")] = None,
+    shots: Annotated[int, typer.Option(min=0, max=50, help="solved questions before each of MMLU's")] = 5,
+    task_shots: Annotated[int, typer.Option(min=0, max=10, help="positive examples before each of a Super-NaturalInstructions task's")] = 2,
+    limit: Annotated[int | None, typer.Option(min=1, help="items of each benchmark at most, drawn by --seed")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of a generated reply")] = 96,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON as the last line")] = False,
+) -> None:
+    """Measure a version against another: MMLU, generated text, known answers, a reward model's blind choice.
+
+    Every figure has its 95% interval; the difference is paired, item by item. Only reads, needs no running server, and
+    with --model alone measures that model directory.
+    """
+    with plain_model_errors():
+        from learner import evaluate as asking
+        from learner.formats import read_instructions
+        from learner.mmlu import read_mmlu
+        from learner.reward_eval import evaluate_reward, learned_prompts, load_reward, saved_round
+        from learner.simulate import prompts_from
+        from learner.versions import load_version, named_version, open_model
+        from store import AdapterRegistry, RoundFiles, read_preferences
+
+        # 1. Everything that may be missing is looked at before the model loads.
+        settings = load_settings(data_dir=data_dir, model=model)
+        where = settings.data_dir
+        first = version or ("base" if model and data_dir is None else "live")
+        names = list(dict.fromkeys(named_version(where, name) for name in (first, against)))
+        subjects = read_mmlu(mmlu, shots) if mmlu else None
+        tasks = [(file.name, read_instructions(file, shots=task_shots)) for file in task or ()]
+        pairs = read_preferences(preferences) if preferences else None
+        said = [[{"role": "user", "content": text}] for text in prompts_from(prompts, held_out=True)] if win_rate else []
+        rounds = RoundFiles(where / "rounds")
+        judge = saved_round(rounds, round_number) if win_rate or pairs else None
+        if win_rate and len(names) < 2:
+            fail(f"--win-rate needs two different versions, and both are {names[0]}: name one, and another with --against")
+
+        # 2. The model, the versions, the judge.
+        base, tokenizer = open_model(settings.model, settings.device, settings.dtype)
+        registry = AdapterRegistry(where / "adapters")
+        adapters = {name: load_version(base, registry, name, f"eval-{name}") for name in names}
+        members, record = load_reward(base, rounds, judge) if judge is not None else (None, {})
+
+        # 3. The figures.
+        figures, report = [], None
+        if subjects:
+            with progress_bar("mmlu") as bar:
+                figures.append(asking.mmlu(base, tokenizer, adapters, subjects, limit=limit, seed=seed, progress=bar))
+        for name, items in tasks:
+            with progress_bar(name) as bar:
+                figures.append(asking.generation(
+                    base, tokenizer, adapters, items, name=name, max_tokens=max_tokens, limit=limit, seed=seed, progress=bar))
+        if win_rate and members:
+            with progress_bar("blind win rate") as bar:
+                figures.append(asking.blind_win_rate(
+                    base, tokenizer, adapters, members, said, max_tokens=max_tokens, limit=limit, seed=seed, progress=bar))
+        if pairs and members:
+            with progress_bar("preferences") as bar:
+                chosen = asking.some(pairs, limit, seed)
+                report = evaluate_reward(members, tokenizer, chosen, learned=learned_prompts(where, record), seed=seed, progress=bar)
+        if probe or not (figures or report):
+            with progress_bar("known answers") as bar:
+                figures += asking.known_answers(base, tokenizer, adapters, bar)
+    if figures:
+        out.print(figures_table(figures, names))
+    if report:
+        show_reward(report, judge)
+    if as_json:
+        about = {"model": str(settings.model), "versions": names, "round": judge, "seed": seed}
+        print(json.dumps({**about, "figures": [figure.to_dict() for figure in figures], "reward": report}, allow_nan=False))
+
+
+def figures_table(figures: list[Any], names: list[str]) -> Table:
+    """Every figure as a row, a column a version, and what the first is ahead of the second."""
+    pair = len(names) == 2
+    table = Table("benchmark", "measure", "items", *names, *(["difference"] if pair else []))
+    for figure in figures:
+        unit = "nats" in figure.metric
+        cells = [estimate(figure.values[name], unit) if name in figure.values else "" for name in names]
+        ahead = ""
+        if figure.difference is not None:
+            d = figure.difference
+            sure = d.low is not None and not d.low <= 0 <= d.high
+            colour = ("green" if (d.value > 0) == (figure.better == "higher") else "red") if sure else "default"
+            ahead = f"[{colour}]{estimate(d, unit, signed=True)}[/]"
+        measure = figure.metric + (" (lower is better)" if figure.better == "lower" else "")
+        table.add_row(figure.benchmark, "\n".join([measure, *figure.notes]), str(figure.items), *cells, *([ahead] if pair else []))
+    return table
+
+
+def estimate(value: Any, unit: bool, *, signed: bool = False) -> str:
+    """`61.0%` over `(52.1 to 69.2)`, or with a unit of its own `2.31` over `(2.20 to 2.42)`."""
+    scale, digits, sign = (1.0, 2, "") if unit else (100.0, 1, "%")
+    plus = "+" if signed else ""
+    whole = f"{value.value * scale:{plus}.{digits}f}{sign}"
+    if value.low is None:
+        return whole
+    return f"{whole}\n({value.low * scale:{plus}.{digits}f} to {value.high * scale:{plus}.{digits}f})"
+
+
+@reward.command("eval")
+def reward_eval(
+    file: Annotated[Path, typer.Argument(help=".jsonl or .json, also .gz, of chosen, rejected, and optionally prompt and voter")],
+    data_dir: DataDir = None,
+    round_number: Annotated[int | None, typer.Option("--round", help="whose reward model  [default: the newest saved]")] = None,
+    model: ModelName = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="rows at most, drawn by --seed")] = None,
+    seed: Annotated[int, typer.Option(help="of the draw, and of the length baseline's folds")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON as the last line")] = False,
+) -> None:
+    """Test a round's saved reward model on preferences: how often right, how well calibrated, and is it only length?
+
+    Takes TRL's conversational format, with and without `prompt`, and plain strings. Rows on prompts that the model
+    learned from are left out and counted. Only reads.
+    """
+    with plain_model_errors():
+        from learner.evaluate import some
+        from learner.reward_eval import evaluate_reward, learned_prompts, load_reward, saved_round
+        from learner.versions import open_model
+        from store import RoundFiles, read_preferences
+
+        pairs = some(read_preferences(file), limit, seed)
+        settings = load_settings(data_dir=data_dir, model=model)
+        rounds = RoundFiles(settings.data_dir / "rounds")
+        number = saved_round(rounds, round_number)
+        base, tokenizer = open_model(settings.model, settings.device, settings.dtype)
+        members, record = load_reward(base, rounds, number)
+        with progress_bar(file.name) as bar:
+            report = evaluate_reward(members, tokenizer, pairs, learned=learned_prompts(settings.data_dir, record), seed=seed, progress=bar)
+    show_reward(report, number)
+    if as_json:
+        print(json.dumps({"round": number, **report}, allow_nan=False))
+
+
+def show_reward(report: dict[str, Any], number: int | None) -> None:
+    """The report of `reward eval` as a table, and the verdict."""
+    table = Table(f"reward model of round {number}", "")
+
+    def interval(name: str) -> str:
+        found = report[name]
+        return f"{found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+
+    table.add_row("pairs tested", str(report["comparisons"]))
+    table.add_row("right", interval("accuracy"))
+    table.add_row("length alone", interval("length_only"))
+    table.add_row("calibration error (ECE)", f"{report['ece']:.3f}")
+    table.add_row("Brier (a coin: 0.25)", f"{report['brier']:.3f}")
+    for name, words in (("learned_from", "left out: it learned from them"), ("refused", "left out: refused by the chat template")):
+        if report[name]:
+            table.add_row(words, str(report[name]))
+    out.print(table)
+    out.print(report["words"], highlight=False)
 
 
 # ------------------------------------------------------------------------------------------------ talking to a server

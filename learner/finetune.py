@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.engine import BASE, probe
-from engine.lora import AdapterError
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.config import SFTRoundConfig
 from learner.data import prompt_key
 from learner.sft import IGNORE, Example, SFTConfig, SFTError, batches, collate, encode_chat, train
+from learner.versions import load_version
 from store.adapters import AdapterRegistry, Manifest
 
 START, NEW = "sft-start", "sft-new"  # adapters of `publish_finetuned`
@@ -224,8 +224,8 @@ def publish_finetuned(
 ) -> tuple[Manifest, Finetuned]:
     """Finetune on `chats` from version `parent` and publish the result: kind "sft", ungated, so it becomes a candidate.
 
-    held_out: share of the prompts kept for the loss before and after. Raises SFTError (NothingLearned), CorruptAdapter,
-    AdapterError, ValueError for what is not a version's name.
+    held_out: share of the prompts kept for the loss before and after. Raises SFTError (NothingLearned), NotFound,
+    CorruptAdapter, AdapterError.
     """
     limit = min(config.max_tokens, model.max_context)
     examples = [encode(tokenizer, chat, limit) for chat in chats]
@@ -233,14 +233,8 @@ def publish_finetuned(
     if not kept:
         raise SFTError(f"the chat template of {model.source} refuses all {len(chats)} chats: are its roles others?")
     train_on, held = hold_out([chat for chat, _ in kept], held_out, seed)
-    start = None
     try:
-        if parent != BASE:
-            manifest = registry.verify(parent)
-            if manifest.base_digest and manifest.base_digest != model.digest:
-                raise AdapterError(f"{parent} was made for another base model than {model.source}")
-            model.lora.load(START, registry.path(parent))
-            start = START
+        start = load_version(model, registry, parent, START)
         result = finetune(
             model, [kept[i][1] for i in train_on], [kept[i][1] for i in held], config, adapter=NEW, start=start, seed=seed,
             progress=progress,

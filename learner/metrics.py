@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,6 +144,23 @@ def length_slope(lengths: Sequence[Sequence[int]], groups: Sequence[Groups], rid
         if abs(step) < 1e-9:
             break
     return slope
+
+
+def length_baseline(
+    lengths: Sequence[Sequence[int]], groups: Sequence[Groups], folds: Iterable[tuple[Sequence[int], Sequence[int]]]
+) -> dict[int, float]:
+    """{index of the comparison: accuracy of length alone}, its slope fitted on each fold's training side only.
+
+    folds: (train, test) indices of comparisons.
+    """
+    found = {}
+    for train, test in folds:
+        slope = length_slope([lengths[i] for i in train], [groups[i] for i in train])
+        for i in test:
+            accuracy = pair_accuracy([slope * math.log1p(n) for n in lengths[i]], groups[i])
+            if accuracy is not None:
+                found[i] = accuracy
+    return found
 
 
 def agreement(judged: Sequence[tuple[object, object, Sequence[object], Groups]]) -> dict[str, float] | None:

@@ -36,12 +36,13 @@ from learner.data import (
     split_folds,
 )
 from learner.gate import GateError, run_gate
-from learner.metrics import agreement, length_slope, pair_accuracy, reward_report
+from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
 from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
 from learner.sft import SFTError
+from learner.versions import load_version, open_model
 from store.adapters import AdapterRegistry
-from store.errors import CorruptAdapter
+from store.errors import CorruptAdapter, NotFound
 from store.files import read_json, write_json
 from store.rounds import RoundFiles
 
@@ -83,10 +84,8 @@ class Learner:
     @classmethod
     def load(cls, source: str | Path, config: LearnerConfig, files: RoundFiles, registry: AdapterRegistry) -> Learner:
         """Load model and tokenizer as `config` says. Raises engine.model.ModelError."""
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        name = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
-        model = CausalModel.load(source, dtype=getattr(torch, name), device=device)
-        return cls(model, ChatTokenizer.load(source), config, files, registry)
+        model, tokenizer = open_model(source, config.device, config.dtype)
+        return cls(model, tokenizer, config, files, registry)
 
     def run_round(
         self, n: int, voted: Sequence[Any], live: str, *, run_requested: int, report: Report, learn: Learn | None = None
@@ -119,7 +118,7 @@ class Learner:
             record["state"] = "rejected" if record["gate"]["verdict"] == "rejected" else "published"
         except RoundStopped as stop:
             record["state"], record["reason"] = stop.state, str(stop)
-        except (RewardDiverged, SFTError, PPOError, GateError, AdapterError, CorruptAdapter) as error:
+        except (RewardDiverged, SFTError, PPOError, GateError, AdapterError, CorruptAdapter, NotFound) as error:
             record["reason"] = first_line(error)
         except Exception as error:  # a learner failure is a record, and never an endless restart
             traceback.print_exc()
@@ -203,14 +202,8 @@ class Learner:
         return self.registry.publish(lambda path: self.model.lora.save(POLICY, path), fields).version
 
     def load_version(self, version: str, name: str) -> str | None:
-        """Load a published version as adapter `name`; None for the base. Raises CorruptAdapter, AdapterError."""
-        if version == BASE:
-            return None
-        manifest = self.registry.verify(version)
-        if manifest.base_digest and manifest.base_digest != self.model.digest:
-            raise AdapterError(f"{version} was made for another base model than {self.model.source}")
-        self.model.lora.load(name, self.registry.path(version))
-        return name
+        """Load a published version as adapter `name`; None for the base. Raises NotFound, CorruptAdapter, AdapterError."""
+        return load_version(self.model, self.registry, version, name)
 
     def reference_of(self, version: str, wanted: str) -> str:
         """The version that KL is measured against: as configured, or the instruction-finetuned ancestor of `version`,
@@ -270,13 +263,7 @@ def train_reward(
     clusters, _ = prompt_groups(examples)
     groups = [e.groups for e in examples]
     lengths = [[len(c) for c in e.completions_ids] for e in examples]
-    length_only: dict[int, float] = {}
-    for fold in split.folds:
-        slope = length_slope([lengths[i] for i in fold.train], [groups[i] for i in fold.train])
-        for i in fold.test:
-            accuracy = pair_accuracy([slope * math.log1p(n) for n in lengths[i]], groups[i])
-            if accuracy is not None:
-                length_only[i] = accuracy
+    length_only = length_baseline(lengths, groups, [(fold.train, fold.test) for fold in split.folds])
     figures, verdict = reward_report(checked.scores, length_only, groups, clusters, config.min_votes)
     ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples])
     report |= figures | {
