@@ -110,11 +110,14 @@ class SFTRoundConfig:
     max_seconds: float = 120.0  # wall clock after which the run ends with the best pass so far
     max_steps: int = 0  # end after this many, with the learning rates of `passes` (replays); 0 = no such limit
     max_kl: float = 24.0  # nats a reply against the old reference: finetuning moves further than PPO may
+    attempts: int = 5  # at the gate; each but the first with the change shrunk by `shrink`
+    shrink: float = 0.6
 
     def __post_init__(self) -> None:
         _need(self.min_demonstrations >= 2, "sft.min_demonstrations must be at least 2")
         _need(self.passes >= 1 and self.patience >= 1, "sft.passes and sft.patience must be at least 1")
         _need(self.lr > 0, "sft.lr must be positive")
+        _need(self.attempts >= 1 and 0 < self.shrink < 1, "sft.attempts must be at least 1, sft.shrink between 0 and 1")
         _need(self.max_tokens >= 2 and self.tokens_per_batch >= 1, "sft.max_tokens must be at least 2, sft.tokens_per_batch at least 1")
 
 

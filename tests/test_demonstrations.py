@@ -15,7 +15,7 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import round as round_module
 from learner.config import LearnerConfig, SFTRoundConfig
-from learner.demonstrations import demonstrated, demonstrations, learn
+from learner.demonstrations import demonstrated, demonstrations, learn, shrink
 from learner.round import Learner, close_unfinished, replay_round
 from learner.worker import finetuning_due, progress_so_far
 from store.adapters import AdapterRegistry
@@ -105,12 +105,41 @@ def test_votes_and_an_operators_wish_are_left_for_the_ppo_round_after_it(finetun
 
 
 def test_a_finetuned_version_that_fails_the_gate_is_kept_as_rejected(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
-    strict = replace(CONFIG, sft=replace(CONFIG.sft, max_kl=1e-6))
+    strict = replace(CONFIG, sft=replace(CONFIG.sft, max_kl=-1e9))
     with Store.open(tmp_path) as store:
         edit_on(store, 12)
         record = finetuning_round(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
     assert record["state"] == "rejected" and record["gate"]["failed"] == ["kl"]
+    assert [tried["share"] for tried in record["sft"]["attempts"]] == [1.0, 0.6, 0.36, 0.216, 0.13]
     assert AdapterRegistry(tmp_path / "adapters").verify("v000001").gate["verdict"] == "rejected"
+
+
+def test_a_version_that_fails_is_shrunk_until_it_passes(tmp_path: Path, finetuned: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    whole = finetuned[1]["gate"]["kl"]
+    strict = replace(CONFIG, sft=replace(CONFIG.sft, max_kl=0.6 * whole))  # the same round as the fixture's but for this
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        edit_on(store, 12)
+        record = finetuning_round(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
+    assert record["state"] == "published", record["gate"]["failed"]
+    assert record["sft"]["attempts"][0] == {"share": 1.0, "failed": ["kl"]} and record["sft"]["share"] < 1
+    full = load_file(AdapterRegistry(finetuned[0] / "adapters").path("v000001") / "adapter_model.safetensors")
+    part = load_file(AdapterRegistry(tmp_path / "adapters").path("v000001") / "adapter_model.safetensors")
+    for name, weight in part.items():
+        share = 0.6 ** (len(record["sft"]["attempts"]) - 1) if ".lora_B." in name else 1.0
+        assert torch.allclose(weight, share * full[name], atol=1e-6)
+    assert finetuned[1]["sft"]["loss_after"] < record["sft"]["loss_after"] < record["sft"]["loss_before"]
+
+
+def test_shrinking_from_a_version_goes_back_towards_it(model: CausalModel) -> None:
+    for seed, name in enumerate(("from", "to")):
+        model.lora.create(name, r=2, seed=seed)
+    trained = {key: p.detach().clone() + 1 for key, p in model.lora.parameters("to").items()}
+    shrink(model.lora, "to", "from", trained, 0.25)
+    for key, p in model.lora.parameters("to").items():
+        assert torch.allclose(p, 0.75 * model.lora.parameters("from")[key] + 0.25 * trained[key])
+    model.lora.delete("from")
+    model.lora.delete("to")
 
 
 def test_finetuning_that_lowers_no_held_out_loss_publishes_nothing(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
