@@ -107,7 +107,7 @@ def test_the_probe_is_the_optimum_that_scipy_finds() -> None:
         return float(total)
 
     best = minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
-    head, bias = linear_probe(examples, features, weights, ridge)
+    head, bias, _ = linear_probe(examples, features, weights, ridge)
     assert head.numpy() == pytest.approx(best / scale, abs=1e-4)
     scores = torch.cat(features) @ head + bias
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
@@ -123,7 +123,7 @@ def test_the_probe_recovers_a_planted_bradley_terry_scale() -> None:
         first = rng.random() < 1 / (1 + math.exp(-(x[0] - x[1]) @ truth))
         features.append(torch.tensor(x, dtype=torch.float32))
         examples.append(example((5,), [(6,), (7,)], [[0], [1]] if first else [[1], [0]], n))
-    head, _ = linear_probe(examples, features, torch.ones(3000), 1e-3)
+    head, _, _ = linear_probe(examples, features, torch.ones(3000), 1e-3)
     assert head.numpy() == pytest.approx(truth, rel=0.15)
 
 
@@ -131,8 +131,8 @@ def test_ties_pull_scores_together() -> None:
     features = [torch.tensor([[1.0, 0.3], [0.0, -0.2]]), torch.tensor([[2.0, 0.1], [0.5, 0.4]])]
     strict = [example((5,), [(6,), (7,)], [[0], [1]], n) for n in range(2)]
     mixed = [strict[0], example((5,), [(6,), (7,)], [[0, 1]], 1, ties=True)]
-    apart, _ = linear_probe(strict, features, torch.ones(2), 0.1)
-    closer, _ = linear_probe(mixed, features, torch.ones(2), 0.1)
+    apart, _, _ = linear_probe(strict, features, torch.ones(2), 0.1)
+    closer, _, _ = linear_probe(mixed, features, torch.ones(2), 0.1)
     assert float((features[1] @ closer).diff()) > float((features[1] @ apart).diff())  # 0 - 1, negative: nearer to 0
 
 
@@ -235,7 +235,7 @@ def test_clear_tastes_get_a_small_penalty_and_noise_a_large_one(model: CausalMod
     features = base_features(RewardModel.create(model, SMALL, 1), clear)
     noise = [replace(e, groups=((best := rng.randrange(3),), tuple(i for i in range(3) if i != best))) for e in clear]
     split = split_folds(clear, 3, 0)
-    assert choose_ridge(clear, features, split, 0.01) < choose_ridge(noise, features, split, 0.01)
+    assert choose_ridge(clear, features, split, 0.01)[0] < choose_ridge(noise, features, split, 0.01)[0]
 
 
 def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
