@@ -27,7 +27,8 @@ SURE = 0.98  # no reward model is surer than this of a pair: a slip must not con
 FREE = 16.0  # votes that one voter may always count for, however few the others gave
 HALF, EQUAL_SHARES = 0.5, 3.0  # beyond those: at most half of all weight, and at most three equal shares of it
 LISTED = 100  # voters in a round's record
-GRID = (np.arange(100) + 0.5) / 100  # values of eta
+GRID = (np.arange(50) + 0.5) / 50  # values of eta
+CLOSE = 1e-3  # of eta: an iteration that moves nobody by more is the last
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def weigh_voters(examples: Sequence[RankedExample], held_out: Mapping[int, Seque
     """
     votes = Counter(e.voter for e in examples)
     names = sorted(votes)
-    reliability = reliabilities(judgements(examples, held_out), names) if len(names) > 2 else {}
+    judged = judgements(examples, held_out)
+    reliability = reliabilities(judged, names) if len(names) > 2 and judged else {}
     raw = [votes[name] * max(0.0, 2 * reliability.get(name, 1.0) - 1) for name in names]
     if not sum(raw):
         raw = [float(votes[name]) for name in names]
@@ -110,23 +112,22 @@ def reliabilities(judged: Sequence[Judged], voters: Sequence[str]) -> dict[str, 
     first, weight, logit = (np.array([getattr(j, name) for j in judged]) for name in ("first", "weight", "logit"))
     bound = np.log(SURE / (1 - SURE))
     logit = np.clip(logit, -bound, bound)
-    decisions = np.bincount(who, weight, minlength=len(voters))
+    own = [np.flatnonzero(who == k) for k in range(len(voters))]
+    decisions = np.array([weight[rows].sum() for rows in own])
     mean, eta = 0.8, np.full(len(voters), 0.8)
-    for _ in range(100):
+    for _ in range(50):
         evidence = (2 * first - 1) * np.log(eta / (1 - eta))[who]  # of each judgement, for the first reply of its pair
-        others = np.bincount(item, evidence, minlength=1)[item] - evidence if len(judged) else evidence
+        others = np.bincount(item, evidence)[item] - evidence
         belief = 1 / (1 + np.exp(-np.clip(logit + others, -30, 30)))[:, None]  # (J, 1)
         says_first = GRID * belief + (1 - GRID) * (1 - belief)  # (J, grid): P(this voter puts the first above | eta)
         fit = weight[:, None] * (first[:, None] * np.log(says_first) + (1 - first[:, None]) * np.log1p(-says_first))
-        posterior = np.zeros((len(voters), len(GRID)))
-        np.add.at(posterior, who, fit)
+        posterior = np.stack([fit[rows].sum(0) for rows in own])  # (V, grid), log
         posterior += (STRENGTH * mean - 1) * np.log(GRID) + (STRENGTH * (1 - mean) - 1) * np.log1p(-GRID)
         mass = np.exp(posterior - posterior.max(1, keepdims=True))
         new = mass @ GRID / mass.sum(1)
-        if decisions.sum():
-            mean = float(np.clip(decisions @ new / decisions.sum(), 0.6, 0.95))
+        mean = float(np.clip(decisions @ new / decisions.sum(), 0.6, 0.95))
         moved, eta = np.abs(new - eta).max(initial=0.0), new
-        if moved < 1e-6:
+        if moved < CLOSE:
             break
     return dict(zip(voters, eta.tolist(), strict=True))
 

@@ -379,16 +379,12 @@ def cross_validate(
     """Fit one member a fold, side by side, until the pooled held-out loss stops falling; scores at the best pass.
 
     The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises. Voters are
-    weighed by the held-out scores of heads that took all votes alike; what follows uses the weights.
+    weighed (`weigh`) before anything is fitted that stays.
     """
     reward = RewardModel.create(model, config, len(split.folds), "judge")
     progress(0.0, "reading the votes")
     features = base_features(reward, examples)
-    ridge, plain = choose_ridge(examples, features, split, config.ridge)
-    voters = weigh_voters(examples, plain)
-    if len(voters) > 1:
-        examples = weighted(examples, voters)
-        ridge, _ = choose_ridge(examples, features, split, config.ridge)
+    examples, voters, ridge = weigh(examples, features, split, config.ridge)
     fits = [
         Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], ridge, seed + i)
         for i, fold in enumerate(split.folds)
@@ -411,7 +407,7 @@ def cross_validate(
             break
     for i, kept in enumerate(best):
         kept.restore(reward, i)
-    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, list(examples), voters)
+    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, examples, voters)
 
 
 @dataclass(frozen=True)
@@ -457,27 +453,48 @@ def mean_loss(parts: Sequence[Tested]) -> float:
     return sum(losses) / max(1, len(losses))
 
 
-def choose_ridge(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float
-) -> tuple[float, dict[int, list[float]]]:
-    """Of `least` and 4, 16, 64, 256 times that, the penalty with the lowest pooled held-out loss of the heads alone, and
-    the held-out scores (K,) of every tested example under it. Votes weigh as their examples say, on both sides.
+def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float) -> float:
+    """Of `least` and 4, 16, 64, 256 times that, the penalty with the lowest pooled held-out loss of the heads alone.
 
     Clear tastes want a small one, noisy votes a large one that keeps the scores from boasting.
     """
-    best: tuple[float, float, dict[int, list[float]]] = (math.inf, least, {})
+    losses = []
     for ridge in (least * 4**i for i in range(5)):
-        total, held_out = 0.0, {}
-        for fold in split.folds:
-            train = [examples[j] for j in fold.train]
-            weights = torch.tensor([e.weight for e in train])
-            head, bias, _ = linear_probe(train, [features[j] for j in fold.train], weights, ridge, LENGTH_FAVOUR)
-            for j in fold.test:
-                scores = features[j] @ head + bias
-                total += examples[j].weight * preference_loss(scores, examples[j].strict, []).item()
-                held_out[j] = scores.tolist()
-        best = min(best, (total, ridge, held_out), key=lambda tried: tried[:2])
-    return best[1], best[2]
+        scores = held_out_heads(examples, features, split, ridge)
+        rows = [(examples[j], torch.tensor(own)) for j, own in scores.items()]
+        losses.append((sum(e.weight * preference_loss(own, e.strict, []).item() for e, own in rows), ridge))
+    return min(losses)[1]
+
+
+def held_out_heads(
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float
+) -> dict[int, list[float]]:
+    """Scores (K,) of every tested example, by its index, under heads fitted to the other folds."""
+    scores = {}
+    for fold in split.folds:
+        train = [examples[j] for j in fold.train]
+        weights = torch.tensor([e.weight for e in train])
+        head, bias, _ = linear_probe(train, [features[j] for j in fold.train], weights, ridge, LENGTH_FAVOUR)
+        scores |= {j: (features[j] @ head + bias).tolist() for j in fold.test}
+    return scores
+
+
+def weigh(
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float
+) -> tuple[list[RankedExample], dict[str, Voter], float]:
+    """The examples weighted by their voters, the voters, and the heads' penalty for examples so weighted.
+
+    Twice: by held-out scores of heads that took all votes alike, then of heads that weighed them. The second pays where
+    many are off: with one contrary voter in five, the first heads know too little to tell who it is.
+    """
+    examples, voters = list(examples), dict[str, Voter]()
+    ridge, people = choose_ridge(examples, features, split, least), len({e.voter for e in examples})
+    for _ in range(2 if people > 2 else 1):
+        voters = weigh_voters(examples, held_out_heads(examples, features, split, ridge))
+        if people > 1:
+            examples = weighted(examples, voters)
+            ridge = choose_ridge(examples, features, split, least)
+    return examples, voters, ridge
 
 
 def fit_members(

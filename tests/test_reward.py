@@ -235,7 +235,7 @@ def test_clear_tastes_get_a_small_penalty_and_noise_a_large_one(model: CausalMod
     features = base_features(RewardModel.create(model, SMALL, 1), clear)
     noise = [replace(e, groups=((best := rng.randrange(3),), tuple(i for i in range(3) if i != best))) for e in clear]
     split = split_folds(clear, 3, 0)
-    assert choose_ridge(clear, features, split, 0.01)[0] < choose_ridge(noise, features, split, 0.01)[0]
+    assert choose_ridge(clear, features, split, 0.01) < choose_ridge(noise, features, split, 0.01)
 
 
 def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
