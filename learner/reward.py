@@ -297,36 +297,31 @@ def linear_probe(
     1 / sqrt(F), so that `ridge` means the same for every model; the last feature is scaled up by `favour`, which makes it
     that much cheaper to use. Convex: L-BFGS finds the one optimum. The bias puts the mean score of the replies shown at
     0 (Ouyang et al. 2022). The level (`losses.outside_option`) has no penalty; see `knows_level` for when it is there.
+    At least one of the examples must state a preference or a tie.
     """
-    flat = torch.cat([own[: e.shown] for e, own in zip(examples, features, strict=True)]).double()
-    mean, scale = flat.mean(0), flat.std(0).clamp(min=1e-6) * flat.shape[1] ** 0.5
+    shown = torch.cat([own[: e.shown] for e, own in zip(examples, features, strict=True)]).double()
+    mean, scale = shown.mean(0), shown.std(0).clamp(min=1e-6) * shown.shape[1] ** 0.5
     scale[-1] /= favour
-    zero = torch.zeros(flat.shape[1] + 1, dtype=torch.float64)
-    unit = zero.clone()
-    unit[-1] = 1.0  # the outside option: no features, but a score of its own
-    both = knows_level(examples)
-    differences, shares = [zero], [0.0]
+    z = F.pad((torch.cat(list(features)).double() - mean) / scale, (0, 1, 0, 1))
+    z[-1, -1] = 1.0  # the outside option comes last: no features, but a score of its own
+    outside, start, both = len(z) - 1, 0, knows_level(examples)
+    pairs: list[tuple[int, int, float]] = []  # rows of winner and loser, and what their difference weighs
     for example, own, weight in zip(examples, features, weights.tolist(), strict=True):
-        z = F.pad((own.double() - mean) / scale, (0, 1))  # (K, F + 1)
         wins = [(w, x, 1.0) for w, x in example.stated] + [(i, j, 0.5) for a, b in example.tied for i, j in ((a, b), (b, a))]
         total = sum(share for _, _, share in wins)
-        for winner, loser, share in wins:
-            differences.append(z[winner] - z[loser])
-            shares.append(weight * share / total)
+        pairs += [(start + winner, start + loser, weight * share / total) for winner, loser, share in wins]
         if both:
-            for i in example.accepted:
-                differences.append(z[i] - unit)
-                shares.append(weight / example.shown / len(example.accepted))
-            for i in example.refused:
-                differences.append(unit - z[i])
-                shares.append(weight / example.shown)
-    d, weighted = torch.stack(differences), torch.tensor(shares, dtype=torch.float64)  # (P, F + 1), (P,)
-    w = zero.clone().requires_grad_()
+            pairs += [(start + i, outside, weight / example.shown / len(example.accepted)) for i in example.accepted]
+            pairs += [(outside, start + i, weight / example.shown) for i in example.refused]
+        start += len(own)
+    winners, losers, shares = zip(*pairs, strict=True)
+    d, weighted = z[list(winners)] - z[list(losers)], torch.tensor(shares, dtype=torch.float64)  # (P, F + 1), (P,)
+    w = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (weighted * F.softplus(-(d @ w))).sum() + ridge / 2 * (w[:-1] @ w[:-1])
+        loss = weighted @ F.softplus(-(d @ w)) + ridge / 2 * (w[:-1] @ w[:-1])
         loss.backward()
         return loss
 
