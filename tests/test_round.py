@@ -16,6 +16,7 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
+from learner.data import examples_from_votes
 from learner.ppo import PPOError
 from learner.round import Learner, choose_prompts, close_unfinished, replay_round
 from store.adapters import AdapterRegistry
@@ -118,6 +119,29 @@ def test_the_record_has_the_contracts_shape_and_all_it_takes_to_replay(published
     assert {"ece", "brier", "length_only", "agreement", "split", "interval", "words"} <= set(reward)
     assert "only one voter" in reward["split"]
     assert {"reward_s", "ppo_s", "gate_s"} <= set(on_disk["timings"])
+
+
+def test_the_record_lists_voters_by_digest(published: tuple) -> None:
+    _, record, _ = published
+    (voter,) = record["reward"]["voters"]["listed"]
+    assert (voter["votes"], voter["weight"], voter["share"], voter["reliability"]) == (24, 1.0, 1.0, None)
+    assert "ann" not in str(record["reward"])
+    assert (record["reward"]["edits"], record["reward"]["none_good"]) == (0, 0)
+
+
+def test_a_withdrawn_vote_takes_its_edit_and_its_refusal_along(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 3)
+        store.record_vote("cmp-0", "ann", groups=[], kind="none", edit="a better reply")
+        store.record_vote("cmp-1", "ann", groups=[], kind="none")
+        edited, refused = (e for e in examples_from_votes(store.voted_comparisons(), tokenizer) if e.refused)
+        assert edited.edit_beats == (0, 1) and edited.completions_ids[2] == (*tokenizer.encode("a better reply"), tokenizer.eos_ids[0])
+        assert refused.edit_beats == () and refused.refused == (0, 1)
+        for n in (0, 1):
+            store.withdraw_vote(f"cmp-{n}", "ann")
+        (left,) = examples_from_votes(store.voted_comparisons(), tokenizer)
+        assert left.comparison_id == "cmp-2" and not left.refused and not left.edit_beats
+        assert list(store.export("demonstration")) == [] and len(list(store.export("ranking"))) == 1
 
 
 def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple) -> None:
