@@ -136,6 +136,19 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
     return examples
 
 
+def newest(examples: Sequence[RankedExample], count: int) -> list[RankedExample]:
+    """At most `count` of the examples, oldest first: every voter's newest, then every voter's second newest, and so on.
+
+    Taking the newest of all would let one voter push everybody else out.
+    """
+    seen: Counter[str] = Counter()
+    turn = []
+    for i in reversed(range(len(examples))):
+        turn.append((seen[examples[i].voter], -i))
+        seen[examples[i].voter] += 1
+    return [examples[i] for i in sorted(-back for _, back in sorted(turn)[:count])]
+
+
 def by_index(completions: Sequence[Any]) -> list[Any]:
     """Completions in the order that a vote's indices mean."""
     return sorted(completions, key=lambda c: c.index)

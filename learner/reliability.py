@@ -156,13 +156,14 @@ def capped(totals: Sequence[float]) -> list[float]:
 
 def voters_report(voters: Mapping[str, Voter]) -> dict[str, Any]:
     """For a round's record, the heaviest first: who is told apart by a digest, and named nowhere."""
+    heaviest = sorted(voters, key=lambda name: (-voters[name].share, name))
     rows = [
         {
             "voter": hashlib.sha256(f"voter/{name}".encode()).hexdigest()[:12], "votes": voter.votes,
             "reliability": None if voter.reliability is None else round(voter.reliability, 3),
             "weight": round(voter.weight, 3), "share": round(voter.share, 4),
         }
-        for name, voter in voters.items()
+        for name in heaviest[:LISTED]
+        for voter in [voters[name]]
     ]  # fmt: skip
-    rows.sort(key=lambda row: (-row["share"], row["voter"]))
-    return {"count": len(rows), "listed": rows[:LISTED]}
+    return {"count": len(voters), "listed": rows}

@@ -31,6 +31,7 @@ from learner.data import (
     Renderer,
     data_digest,
     examples_from_votes,
+    newest,
     prompt_groups,
     prompt_key,
     split_folds,
@@ -139,7 +140,7 @@ class Learner:
         try:
             # 1. Votes to data.
             lap = Lap(timings)
-            examples = examples_from_votes(voted, self.tokenizer)[-config.reward.max_examples :]
+            examples = newest(examples_from_votes(voted, self.tokenizer), config.reward.max_examples)
             record["data_digest"] = data_digest(examples)
             prompts = choose_prompts(voted, self.tokenizer, config, seed)
 

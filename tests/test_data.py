@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.data import RankedExample, data_digest, deal, examples_from_votes, split_folds
+from learner.data import RankedExample, data_digest, deal, examples_from_votes, newest, split_folds
 
 
 class Letters:
@@ -110,6 +110,15 @@ def test_the_digest_sees_edits_and_refusals() -> None:
         for groups, kind, edit in (([[0], [1]], "favourite", None), ([[0], [1]], "favourite", "z"), ([], "none", None))
     )
     assert len({plain, edited, refused}) == 3
+
+
+def test_flooding_pushes_nobody_out() -> None:
+    few = [example(f"p{n}", "ann bob".split()[n % 2], n) for n in range(6)]
+    flood = [example(f"p{n}", "eve", n) for n in range(6, 40)]
+    kept = newest(few + flood, 12)
+    assert [e.seq for e in kept if e.voter != "eve"] == list(range(6))
+    assert [e.seq for e in kept if e.voter == "eve"] == list(range(34, 40))
+    assert [e.seq for e in newest(flood, 5)] == [35, 36, 37, 38, 39] and newest(few, 9) == few
 
 
 def test_one_edit_written_under_two_prompts_is_on_one_side_of_a_split() -> None:

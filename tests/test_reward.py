@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from scipy.stats import kstest
 
 from engine.model import CausalModel
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split, split_folds
 from learner.metrics import pair_accuracy
 from learner.reward import (
+    Fit,
     RewardDiverged,
     RewardModel,
     base_features,
@@ -227,6 +229,17 @@ def test_an_edit_wins_in_the_loss_and_in_the_probe() -> None:
     features = [torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])]
     head, _, _ = linear_probe([edited], features, torch.ones(1), 0.1)
     assert head[0] > 0 > head[1]
+
+
+def test_members_weigh_votes_by_the_bayesian_bootstrap(model: CausalModel) -> None:
+    """Independent exponentials scaled to mean 1, which is Dirichlet(1, ..., 1) times n (Rubin 1981); times the voter's weight."""
+    examples = [replace(example((5,), [(6,), (7,)], [[n % 2], [1 - n % 2]], n), weight=0.5 + n % 2) for n in range(400)]
+    features = [torch.tensor([[0.3, 1.0], [0.1, 2.0]])] * 400
+    reward = RewardModel.create(model, SMALL, 1)
+    reward.members[0].start = lambda *_: None  # the features are made up
+    drawn = Fit(reward, 0, examples, features, 0.1, 3).weights / torch.tensor([e.weight for e in examples])
+    assert float(drawn.mean()) == pytest.approx(1.0, abs=1e-5)
+    assert kstest(drawn.numpy(), "expon").pvalue > 0.001
 
 
 def test_members_learn_the_level_with_their_adapter(model: CausalModel) -> None:
