@@ -113,7 +113,7 @@ def test_the_digest_sees_edits_and_refusals() -> None:
 
 
 def test_flooding_pushes_nobody_out() -> None:
-    few = [example(f"p{n}", "ann bob".split()[n % 2], n) for n in range(6)]
+    few = [example(f"p{n}", ["ann", "bob"][n % 2], n) for n in range(6)]
     flood = [example(f"p{n}", "eve", n) for n in range(6, 40)]
     kept = newest(few + flood, 12)
     assert [e.seq for e in kept if e.voter != "eve"] == list(range(6))
