@@ -36,7 +36,7 @@ class RewardConfig:
     pass_examples: int = 64  # comparisons of one pass at most, drawn anew each time: a round must stay short
     batch: int = 8  # comparisons a step
     folds: int = 4  # of the cross-validation
-    max_examples: int = 400  # comparisons used, newest first: a round must stay short
+    max_examples: int = 400  # comparisons used, each voter's newest first in turn: a round must stay short
     max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut
     score_batch: int = 32  # sequences a scoring pass
 
