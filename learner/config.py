@@ -36,7 +36,7 @@ class RewardConfig:
     pass_examples: int = 64  # comparisons of one pass at most, drawn anew each time: a round must stay short
     batch: int = 8  # comparisons a step
     folds: int = 4  # of the cross-validation
-    max_examples: int = 400  # comparisons used, newest first: a round must stay short
+    max_examples: int = 400  # comparisons used, each voter's newest first in turn: a round must stay short
     max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut
     score_batch: int = 32  # sequences a scoring pass
 
@@ -73,10 +73,11 @@ class PPOConfig:
     kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
     kl_target: float = 4.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_horizon: float = 100.0  # rollouts over which the controller moves
-    kl_ceiling: float = 8.0  # nats a reply against the reference: the run stops there and keeps the last state under it
+    kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
+    back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
-    broken_penalty: float = 2.0  # taken off the score when `learner/text_checks.py` finds a fault
+    broken_penalty: float = 4.0  # taken off the score when `learner/text_checks.py` finds a fault
     judge_every: int = 4  # updates between looks at the held-out reward members
     patience: int = 2  # looks in a row that lie `part` under the best before the run goes back to the best
     part: float = 0.5  # deviations of the reference's replies

@@ -28,10 +28,11 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True)
 class RankedExample:
-    """One vote: a prompt, its K completions, and the voter's ranking of them.
+    """One vote: a prompt, the K completions shown, and what the voter said of them.
 
     prompt_ids: the rendered conversation, generation prompt included. completions_ids: K replies as sampled (with
-    their end token where they had one). groups: best first, ties grouped, indices into completions_ids.
+    their end token where they had one) and, where the voter wrote a better one, that as one more at the end. groups:
+    the ranking of the shown ones, best first, ties grouped, indices into completions_ids; () when it ranks nothing.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,12 +45,28 @@ class RankedExample:
     comparison_id: str
     seq: int = 0
     ties: bool = True  # whether a group of several states a tie; in a favourite vote the others are merely not chosen
-    weight: float = 1.0
+    weight: float = 1.0  # the voter's, see `learner/reliability.py`; 1 on average
+    edit_beats: tuple[int, ...] = ()  # replies that the voter's own, the last completion, is better than; () without one
+    accepted: tuple[int, ...] = ()  # the replies picked where "none is good" could have been said instead
+    refused: tuple[int, ...] = ()  # all that were shown, where none was good
 
     @property
     def strict(self) -> list[tuple[int, int]]:
-        """(winner, loser) pairs that the vote states."""
+        """(winner, loser) pairs that the vote states among the replies shown: what a reward model is tested on."""
         return strict_pairs(self.groups)
+
+    @property
+    def stated(self) -> list[tuple[int, int]]:
+        """All (winner, loser) pairs that the vote states, the edit's included: what a reward model is fitted to.
+
+        Telling a person's words from a model's is easy and no help in choosing among samples, so it is not tested on.
+        """
+        return self.strict + [(len(self.completions_ids) - 1, loser) for loser in self.edit_beats]
+
+    @property
+    def shown(self) -> int:
+        """K, the number of replies that were shown."""
+        return len(self.completions_ids) - bool(self.edit_beats)
 
     @property
     def tied(self) -> list[tuple[int, int]]:
@@ -77,24 +94,32 @@ class Split:
 def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[RankedExample]:
     """RankedExamples of standing votes (`store.records.VotedComparison`), oldest first.
 
-    Votes that state neither a preference nor a tie ("none good", or a ranking of one) are left out: they rank nothing.
-    A conversation that the chat template refuses is left out too (it cannot have been shown).
+    An edit beats what it edited: the favourite (the first group) it was based on, or all replies shown where none was
+    good. It counts unless it repeats a reply. "None good" refuses all; a favourite accepts itself, unless the choice
+    was made elsewhere (imports), where nobody could refuse. Votes that state nothing at all (a ranking of one) are left
+    out; so is a conversation that the chat template refuses (it cannot have been shown).
     """
     examples = []
     for item in sorted(voted, key=lambda item: item.vote.seq):
         comparison, vote = item.comparison, item.vote
         groups = tuple(tuple(int(i) for i in group) for group in vote.groups)
-        if not strict_pairs(groups) and not tied_pairs(groups):
+        replies = by_index(comparison.completions)
+        shown = tuple(range(len(replies)))
+        strict = bool(strict_pairs(groups))
+        own = vote.edit if vote.edit and vote.edit.strip() not in {c.text.strip() for c in replies} else None
+        refused = shown if vote.kind == "none" else ()
+        if not (strict or tied_pairs(groups) or own or refused):
             continue
         messages = [{"role": m["role"], "content": m["content"]} for m in comparison.messages]
         try:
             prompt = tokenizer.render(messages)
         except ValueError:
             continue
+        ids = [completion_ids(c, tokenizer) for c in replies]
         examples.append(
             RankedExample(
                 prompt_ids=tuple(prompt),
-                completions_ids=tuple(completion_ids(c, tokenizer) for c in by_index(comparison.completions)),
+                completions_ids=tuple(ids if own is None else [*ids, encoded(own, tokenizer)]),
                 groups=groups,
                 voter=str(vote.voter),
                 prompt_key=prompt_key(messages),
@@ -103,9 +128,25 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
                 comparison_id=str(comparison.id),
                 seq=int(vote.seq),
                 ties=vote.kind != "favourite",
+                edit_beats=() if own is None else groups[0] if groups else shown,
+                accepted=groups[0] if strict and "imported" not in comparison.settings else (),
+                refused=refused,
             )
         )
     return examples
+
+
+def newest(examples: Sequence[RankedExample], count: int) -> list[RankedExample]:
+    """At most `count` of the examples, oldest first: every voter's newest, then every voter's second newest, and so on.
+
+    Taking the newest of all would let one voter push everybody else out.
+    """
+    seen: Counter[str] = Counter()
+    turn = []
+    for i in reversed(range(len(examples))):
+        turn.append((seen[examples[i].voter], -i))
+        seen[examples[i].voter] += 1
+    return [examples[i] for i in sorted(-back for _, back in sorted(turn)[:count])]
 
 
 def by_index(completions: Sequence[Any]) -> list[Any]:
@@ -115,9 +156,12 @@ def by_index(completions: Sequence[Any]) -> list[Any]:
 
 def completion_ids(completion: Any, tokenizer: Renderer) -> tuple[int, ...]:
     """Token ids as sampled; for an imported reply, which has none, its text and the end token."""
-    if completion.token_ids:
-        return tuple(completion.token_ids)
-    return (*tokenizer.encode(completion.text), tokenizer.eos_ids[0])
+    return tuple(completion.token_ids) or encoded(completion.text, tokenizer)
+
+
+def encoded(text: str, tokenizer: Renderer) -> tuple[int, ...]:
+    """Token ids of a reply that nobody sampled, with the end token."""
+    return (*tokenizer.encode(text), tokenizer.eos_ids[0])
 
 
 def prompt_key(messages: Sequence[dict]) -> str:
@@ -128,7 +172,10 @@ def prompt_key(messages: Sequence[dict]) -> str:
 def data_digest(examples: Sequence[RankedExample]) -> str:
     """sha256 over everything that training sees, independent of the order the votes came in."""
     rows = sorted(
-        json.dumps([e.vote_id, e.voter, e.prompt_ids, e.completions_ids, e.groups, e.ties, e.weight]) for e in examples
+        json.dumps([
+            e.vote_id, e.voter, e.prompt_ids, e.completions_ids, e.groups, e.ties, e.weight, e.edit_beats, e.accepted, e.refused,
+        ])
+        for e in examples
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
@@ -165,14 +212,16 @@ def deal(labels: Sequence[Hashable], k: int, seed: int) -> list[int]:
 def prompt_groups(examples: Sequence[RankedExample]) -> tuple[list[int], bool]:
     """A label for each example, equal where they must be on one side of a split, and whether conversations were kept whole.
 
-    Equal prompts always share a label. A conversation's turns do too, unless there are so few conversations (under
-    eight, or one with more than half of the votes) that nothing could be split: people who vote along one long chat.
+    Equal prompts always share a label, and so do equal edits. A conversation's turns do too, unless there are so few
+    conversations (under eight, or one with more than half of the votes) that nothing could be split: people who vote
+    along one long chat.
     """
-    whole = connected([(("p", e.prompt_key), ("c", e.conversation)) for e in examples])
+    own = [(("p", e.prompt_key), *((("e", e.completions_ids[-1]),) if e.edit_beats else ())) for e in examples]
+    whole = connected([(*keys, ("c", e.conversation)) for keys, e in zip(own, examples, strict=True)])
     sizes = Counter(whole)
     if len(sizes) >= 8 and max(sizes.values()) <= len(examples) / 2:
         return whole, True
-    return connected([(("p", e.prompt_key),) for e in examples]), len({e.conversation for e in examples}) == len(examples)
+    return connected(own), len({e.conversation for e in examples}) == len(examples)
 
 
 def split_folds(examples: Sequence[RankedExample], k: int, seed: int) -> Split:

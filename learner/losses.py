@@ -1,6 +1,6 @@
 """The learner's loss functions: pure, tensors in and tensors out.
 
-Owns Bradley-Terry and Davidson (the reward model), the clipped policy and value losses, the KL estimators and the
+Owns Bradley-Terry, Davidson and the outside option (the reward model), the clipped policy and value losses, the KL estimators and the
 masked statistics they are averaged with (PPO). Does not own models, optimisers, or how advantages come about
 (`learner/advantages.py`). A mask is True where a token counts.
 """
@@ -61,6 +61,22 @@ def davidson(scores: Tensor, strict: Pairs, tied: Pairs, log_nu: Tensor) -> Tens
 def preference_loss(scores: Tensor, strict: Pairs, tied: Pairs, log_nu: Tensor | None = None) -> Tensor:
     """Loss of one comparison's ranking: Davidson where there is a tie parameter, else Bradley-Terry on strict pairs."""
     return bradley_terry(scores, strict) if log_nu is None else davidson(scores, strict, tied, log_nu)
+
+
+def outside_option(scores: Tensor, accepted: Sequence[int], refused: Sequence[int], level: Tensor) -> Tensor:
+    """What a vote says of "none of them", as one more item with score `level`, nats (Luce 1959; Haaijer et al. 2001).
+
+    scores: (K,), the replies shown. Picking one of `accepted` where none could be said is a win over the outside option,
+    refusing all is a win of the outside option over each of `refused`. Every such pair weighs 1/K, the pairs of one pick
+    among several 1/K together: with equal weights both ways the level and the scores of Luce's choice among K + 1 are
+    what minimises the expectation (Azari Soufiani et al. 2013, on breaking rankings into pairs). 0 without either.
+    """
+    loss = (scores.sum() + level) * 0.0
+    if accepted:
+        loss = loss + F.softplus(level - scores[list(accepted)]).mean()
+    if refused:
+        loss = loss + F.softplus(scores[list(refused)] - level).sum()
+    return loss / len(scores)
 
 
 def _columns(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,7 +180,7 @@ def train_ppo(
     kept = Kept(model, policy)
     judged = Judged(config.patience, config.part)
     last = min(config.updates, config.max_updates or config.updates)
-    stopped = f"all {last} updates done"
+    stopped, backed_off = f"all {last} updates done", 0
     try:
         for update in range(last + 1):  # the last turn only measures what the last update made
             lap = time.monotonic()
@@ -214,13 +214,21 @@ def train_ppo(
             if judge is not None and (update % config.judge_every == 0 or update == last):
                 row["judges"] = float(judge(batch).mean())
 
-            # 5. Is this policy worth keeping? Over the ceiling, or parted from the held-out members: stop.
+            # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at twice the
+            # price. Parted from the held-out members: stop.
             if kl_reply > config.kl_ceiling:
-                history.append(row)
+                history.append(row | {"seconds": time.monotonic() - lap})
                 if update == 0:
                     raise PPOError(f"the starting policy is {kl_reply:.1f} nats from the reference, over the ceiling of {config.kl_ceiling:g}")
-                stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {config.kl_ceiling:g}: went back to update {kept.update}"
-                break
+                kept.restore()
+                if backed_off == config.back_offs or update == last:
+                    stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {config.kl_ceiling:g}: went back to update {kept.update}"
+                    break
+                backed_off += 1
+                peak = [top / 2 for top in peak]
+                controller.beta *= 2
+                optimizer.state.clear()  # its momentum points over the ceiling
+                continue
             parted = "judges" in row and judged.parted(row["judges"])
             if parted:
                 history.append(row)

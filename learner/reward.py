@@ -6,8 +6,9 @@ et al. 2020) was not enough for small bases: with 48 simulated votes on pairs of
 only, three draws) it was right on 59% of the held-out pairs for "shorter", 85% for "friendly", 90% for "list"; with mean
 and length 78%, 90%, 95%. A length of its own also keeps it out of the other weights (ODIN, Chen et al. 2024).
 
-Members learn from votes by Bradley-Terry over all strict pairs of a comparison (Ouyang et al.
-2022, Eq. 1), ties by Davidson (1970); they differ in their initial weights, order of data and in Bayesian-bootstrap
+Members learn from votes by Bradley-Terry over all strict pairs of a comparison, a person's own better reply included
+(Ouyang et al. 2022, Eq. 1), ties by half a win each way or Davidson (1970), "none is good" by an outside option (Luce
+1959), each vote weighted by its voter's reliability (`learner/reliability.py`); they differ in their initial weights, order of data and in Bayesian-bootstrap
 weights of the votes (Rubin 1981). Before any of it is believed, `cross_validate` scores every vote with members that
 saw neither its prompt nor its voter.
 
@@ -21,6 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +32,8 @@ from torch.nn import functional as F
 from engine.model import CausalModel
 from learner.config import RewardConfig
 from learner.data import RankedExample, Split
-from learner.losses import preference_loss
+from learner.losses import outside_option, preference_loss
+from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
 LENGTH_FAVOUR = 4.0  # one number among hundreds would hardly be heard
@@ -46,8 +49,9 @@ class Member(nn.Module):
     """One member: its heads, its adapter, and its own tendency to call ties.
 
     score = head(h at the last valid token) + pooled(mean h over the reply) + slope * log(1 + reply tokens).
-    head, pooled: (D,) -> scalar. log_nu: Davidson's tie parameter. adapter: the one it reads the base through, called
-    `name`; None until LoRA training begins, so that all heads on the bare base share one forward pass.
+    head, pooled: (D,) -> scalar. log_nu: Davidson's tie parameter. level: the score of "none of them". adapter: the one
+    it reads the base through, called `name`; None until LoRA training begins, so that all heads on the bare base share
+    one forward pass.
     """
 
     def __init__(self, name: str, hidden_size: int) -> None:
@@ -60,10 +64,12 @@ class Member(nn.Module):
             nn.init.zeros_(weight)
         self.slope = nn.Parameter(torch.zeros(()))
         self.log_nu = nn.Parameter(torch.zeros(()))
+        self.level = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
-    def start(self, weight: Tensor, bias: Tensor) -> None:
-        """Set the heads from one weight vector (2D + 1,) over `features`, and the bias."""
+    def start(self, weight: Tensor, bias: Tensor, level: Tensor) -> None:
+        """Set the heads from one weight vector (2D + 1,) over `features`, the bias, and the level."""
+        self.level.copy_(level)
         size = self.head.in_features
         self.head.weight.copy_(weight[None, :size])
         self.pooled.weight.copy_(weight[None, size : 2 * size])
@@ -206,11 +212,12 @@ class Fit:
         weights = torch.empty(len(examples)).exponential_(generator=self.generator)  # Bayesian bootstrap
         self.weights = weights / weights.mean() * torch.tensor([e.weight for e in examples])
         self.member.start(*linear_probe(examples, features, self.weights, ridge, LENGTH_FAVOUR))
-        ties = sum(bool(e.tied) for e in examples) / len(examples)
+        ties = sum(bool(e.tied) for e in examples) / max(1, sum(bool(e.tied or e.strict) for e in examples))
         self.log_nu = self.member.log_nu if ties else None  # without ties Davidson's model is Bradley-Terry's
         if ties:
             with torch.no_grad():  # the nu at which equal replies tie as often as votes do
                 self.member.log_nu.fill_(math.log(2 * ties / max(1 - ties, 0.05)))
+        self.level = self.member.level if knows_level(examples) else None
 
     def begin(self) -> None:
         """Give the member its adapter, which changes nothing yet, and both their optimiser."""
@@ -260,7 +267,7 @@ class Fit:
         examples = [self.examples[i] for i in batch]
         pairs = [(e.prompt_ids, c) for e in examples for c in e.completions_ids]
         scores = self.member(self.reward.model, self.reward.rows(pairs))
-        return comparisons_loss(scores, examples, self.log_nu, self.weights[list(batch)])
+        return comparisons_loss(scores, examples, self.log_nu, self.weights[list(batch)], self.level)
 
 
 @torch.no_grad()
@@ -273,50 +280,74 @@ def base_features(reward: RewardModel, examples: Sequence[RankedExample]) -> lis
     return list(features.split([len(e.completions_ids) for e in examples]))
 
 
+class Probe(NamedTuple):
+    """A head: weights (F,) over `features_of`, the bias, and the outside option's score, in the same units."""
+
+    weight: Tensor
+    bias: Tensor
+    level: Tensor
+
+
 def linear_probe(
     examples: Sequence[RankedExample], features: Sequence[Tensor], weights: Tensor, ridge: float, favour: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Weights (F,) and bias of the ridge-penalised Bradley-Terry model on fixed features; a tie is half a win each way.
+) -> Probe:
+    """The ridge-penalised Bradley-Terry model with an outside option on fixed features; a tie is half a win each way.
 
     features: (K, F) an example. Features are standardised and the penalty is `ridge` / 2 |w|^2 with them scaled by
     1 / sqrt(F), so that `ridge` means the same for every model; the last feature is scaled up by `favour`, which makes it
-    that much cheaper to use. Convex: L-BFGS finds the one optimum. The bias puts the mean score of these completions at
-    0 (Ouyang et al. 2022).
+    that much cheaper to use. Convex: L-BFGS finds the one optimum. The bias puts the mean score of the replies shown at
+    0 (Ouyang et al. 2022). The level (`losses.outside_option`) has no penalty; see `knows_level` for when it is there.
+    At least one of the examples must state a preference or a tie.
     """
-    flat = torch.cat(list(features)).double()
-    mean, scale = flat.mean(0), flat.std(0).clamp(min=1e-6) * flat.shape[1] ** 0.5
+    shown = torch.cat([own[: e.shown] for e, own in zip(examples, features, strict=True)]).double()
+    mean, scale = shown.mean(0), shown.std(0).clamp(min=1e-6) * shown.shape[1] ** 0.5
     scale[-1] /= favour
-    differences, shares = [], []
+    z = F.pad((torch.cat(list(features)).double() - mean) / scale, (0, 1, 0, 1))
+    z[-1, -1] = 1.0  # the outside option comes last: no features, but a score of its own
+    outside, start, both = len(z) - 1, 0, knows_level(examples)
+    pairs: list[tuple[int, int, float]] = []  # rows of winner and loser, and what their difference weighs
     for example, own, weight in zip(examples, features, weights.tolist(), strict=True):
-        z = (own.double() - mean) / scale
-        wins = [(w, x, 1.0) for w, x in example.strict] + [(i, j, 0.5) for a, b in example.tied for i, j in ((a, b), (b, a))]
+        wins = [(w, x, 1.0) for w, x in example.stated] + [(i, j, 0.5) for a, b in example.tied for i, j in ((a, b), (b, a))]
         total = sum(share for _, _, share in wins)
-        for winner, loser, share in wins:
-            differences.append(z[winner] - z[loser])
-            shares.append(weight * share / total)
-    d, weighted = torch.stack(differences), torch.tensor(shares, dtype=torch.float64)  # (P, D), (P,)
-    w = torch.zeros(d.shape[1], dtype=torch.float64, requires_grad=True)
+        pairs += [(start + winner, start + loser, weight * share / total) for winner, loser, share in wins]
+        if both:
+            pairs += [(start + i, outside, weight / example.shown / len(example.accepted)) for i in example.accepted]
+            pairs += [(outside, start + i, weight / example.shown) for i in example.refused]
+        start += len(own)
+    winners, losers, shares = zip(*pairs, strict=True)
+    d, weighted = z[list(winners)] - z[list(losers)], torch.tensor(shares, dtype=torch.float64)  # (P, F + 1), (P,)
+    w = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (weighted * F.softplus(-(d @ w))).sum() + ridge / 2 * (w @ w)
+        loss = weighted @ F.softplus(-(d @ w)) + ridge / 2 * (w[:-1] @ w[:-1])
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    head = (w.detach() / scale).float()
-    return head, -(head @ mean.float())
+    head = (w.detach()[:-1] / scale).float()
+    return Probe(head, -(head @ mean.float()), w.detach()[-1].float())
 
 
-def comparisons_loss(scores: Tensor, examples: Sequence[RankedExample], log_nu: Tensor | None, weights: Tensor) -> Tensor:
-    """Weighted mean over comparisons of the mean pair loss, nats. scores: (sum K,), in the examples' order."""
+def knows_level(examples: Sequence[RankedExample]) -> bool:
+    """Whether the votes say both that some replies are good enough and that some are not: one alone has no finite level."""
+    return any(e.accepted for e in examples) and any(e.refused for e in examples)
+
+
+def comparisons_loss(
+    scores: Tensor, examples: Sequence[RankedExample], log_nu: Tensor | None, weights: Tensor, level: Tensor | None = None
+) -> Tensor:
+    """Weighted mean over comparisons of the mean pair loss and the outside option's, nats.
+
+    scores: (sum K,), in the examples' order. level: the outside option's score; None leaves it out.
+    """
     own = scores.split([len(e.completions_ids) for e in examples])
-    losses = [
-        weight * preference_loss(s, e.strict, e.tied, log_nu)
-        for s, e, weight in zip(own, examples, weights.tolist(), strict=True)
-    ]
-    return torch.stack(losses).mean()
+    losses = [preference_loss(s, e.stated, e.tied, log_nu) for s, e in zip(own, examples, strict=True)]
+    if level is not None:
+        said = [outside_option(s[: e.shown], e.accepted, e.refused, level) for s, e in zip(own, examples, strict=True)]
+        losses = [loss + other for loss, other in zip(losses, said, strict=True)]
+    return (torch.stack(losses) * weights.to(scores.device)).mean()
 
 
 @dataclass(frozen=True)
@@ -325,7 +356,7 @@ class CrossValidation:
 
     scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... whole passes;
     epochs: how many paid. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one
-    a fold, as they were then.
+    a fold, as they were then. examples: as given, but weighted by how reliable their voters are, which `voters` says.
     """
 
     scores: dict[int, list[float]]
@@ -333,6 +364,8 @@ class CrossValidation:
     epochs: int
     ridge: float
     judges: RewardModel
+    examples: list[RankedExample]
+    voters: dict[str, Voter]
 
 
 def cross_validate(
@@ -340,12 +373,13 @@ def cross_validate(
 ) -> CrossValidation:
     """Fit one member a fold, side by side, until the pooled held-out loss stops falling; scores at the best pass.
 
-    The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises.
+    The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises. Voters are
+    weighed (`weigh`) before anything is fitted that stays.
     """
     reward = RewardModel.create(model, config, len(split.folds), "judge")
     progress(0.0, "reading the votes")
     features = base_features(reward, examples)
-    ridge = choose_ridge(examples, features, split, config.ridge)
+    examples, voters, ridge = weigh(examples, features, split, config.ridge)
     fits = [
         Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], ridge, seed + i)
         for i, fold in enumerate(split.folds)
@@ -368,7 +402,7 @@ def cross_validate(
             break
     for i, kept in enumerate(best):
         kept.restore(reward, i)
-    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward)
+    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, examples, voters)
 
 
 @dataclass(frozen=True)
@@ -421,15 +455,41 @@ def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], 
     """
     losses = []
     for ridge in (least * 4**i for i in range(5)):
-        total = 0.0
-        for fold in split.folds:
-            train = [examples[j] for j in fold.train]
-            weights = torch.tensor([e.weight for e in train])
-            head, bias = linear_probe(train, [features[j] for j in fold.train], weights, ridge, LENGTH_FAVOUR)
-            for j in fold.test:
-                total += preference_loss(features[j] @ head + bias, examples[j].strict, []).item()
-        losses.append((total, ridge))
+        scores = held_out_heads(examples, features, split, ridge)
+        rows = [(examples[j], torch.tensor(own)) for j, own in scores.items()]
+        losses.append((sum(e.weight * preference_loss(own, e.strict, []).item() for e, own in rows), ridge))
     return min(losses)[1]
+
+
+def held_out_heads(
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float
+) -> dict[int, list[float]]:
+    """Scores (K,) of every tested example, by its index, under heads fitted to the other folds."""
+    scores = {}
+    for fold in split.folds:
+        train = [examples[j] for j in fold.train]
+        weights = torch.tensor([e.weight for e in train])
+        head, bias, _ = linear_probe(train, [features[j] for j in fold.train], weights, ridge, LENGTH_FAVOUR)
+        scores |= {j: (features[j] @ head + bias).tolist() for j in fold.test}
+    return scores
+
+
+def weigh(
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float
+) -> tuple[list[RankedExample], dict[str, Voter], float]:
+    """The examples weighted by their voters, the voters, and the heads' penalty for examples so weighted.
+
+    Twice: by held-out scores of heads that took all votes alike, then of heads that weighed them. The second pays where
+    many are off: with one contrary voter in five, the first heads know too little to tell who it is.
+    """
+    examples, voters = list(examples), dict[str, Voter]()
+    ridge, people = choose_ridge(examples, features, split, least), len({e.voter for e in examples})
+    for _ in range(2 if people > 2 else 1):
+        voters = weigh_voters(examples, held_out_heads(examples, features, split, ridge))
+        if people > 1:
+            examples = weighted(examples, voters)
+            ridge = choose_ridge(examples, features, split, least)
+    return examples, voters, ridge
 
 
 def fit_members(

@@ -31,6 +31,7 @@ from learner.data import (
     Renderer,
     data_digest,
     examples_from_votes,
+    newest,
     prompt_groups,
     prompt_key,
     split_folds,
@@ -38,6 +39,7 @@ from learner.data import (
 from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
+from learner.reliability import voters_report
 from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
 from learner.sft import SFTError
 from learner.versions import load_version, open_model
@@ -142,7 +144,7 @@ class Learner:
         try:
             # 1. Votes to data.
             lap = Lap(timings)
-            examples = examples_from_votes(voted, self.tokenizer)[-config.reward.max_examples :]
+            examples = newest(examples_from_votes(voted, self.tokenizer), config.reward.max_examples)
             record["data_digest"] = data_digest(examples)
             prompts = choose_prompts(voted, self.tokenizer, config, seed)
 
@@ -249,6 +251,7 @@ def train_reward(
     """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start)."""
     strict = [e for e in examples if e.strict]
     report: dict[str, Any] = {"votes_used": len(examples), "strict": len(strict), "ties": sum(bool(e.tied) for e in examples)}
+    report |= {"edits": sum(bool(e.edit_beats) for e in examples), "none_good": sum(bool(e.refused) for e in examples)}
     if len(strict) < config.min_votes:
         more = config.min_votes - len(strict)
         words = f"not yet: about {more} more votes ({len(strict)} that prefer one reply, too few to test)"
@@ -269,10 +272,11 @@ def train_reward(
     report |= figures | {
         "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
         "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "ridge": checked.ridge, "members": config.reward.members,
+        "voters": voters_report(checked.voters),
     }  # fmt: skip
     if not verdict.may_train:
         return None, checked.judges, report, False
-    reward = fit_members(model, examples, config.reward, checked.epochs, checked.ridge, seed, lambda f, m: progress(0.55 + 0.45 * f, m))
+    reward = fit_members(model, checked.examples, config.reward, checked.epochs, checked.ridge, seed, lambda f, m: progress(0.55 + 0.45 * f, m))
     return reward, checked.judges, report, True
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.data import RankedExample, data_digest, deal, examples_from_votes, split_folds
+from learner.data import RankedExample, data_digest, deal, examples_from_votes, newest, split_folds
 
 
 class Letters:
@@ -25,15 +26,20 @@ class Letters:
         return [ord(ch) for ch in text]
 
 
-def vote(seq: int, groups: list, kind: str = "favourite", role: str = "user", voter: str = "ann", text: str = "hi") -> SimpleNamespace:
+def vote(
+    seq: int, groups: list, kind: str = "favourite", role: str = "user", voter: str = "ann", text: str = "hi",
+    edit: str | None = None, settings: dict | None = None,
+) -> SimpleNamespace:  # fmt: skip
     replies = [
         SimpleNamespace(index=1, text="b", token_ids=[]),
         SimpleNamespace(index=0, text="a", token_ids=[7, 8, 0]),
-    ]
+        SimpleNamespace(index=2, text="c", token_ids=[9, 0]),
+    ][: 1 + max([1, *(i for group in groups for i in group)])]
     comparison = SimpleNamespace(
-        id=f"c{seq}", conversation_id=f"k{seq}", messages=[{"role": role, "content": text, "id": 3}], completions=replies
-    )
-    return SimpleNamespace(comparison=comparison, vote=SimpleNamespace(id=seq, seq=seq, voter=voter, kind=kind, groups=groups))
+        id=f"c{seq}", conversation_id=f"k{seq}", messages=[{"role": role, "content": text, "id": 3}], completions=replies,
+        settings=settings or {},
+    )  # fmt: skip
+    return SimpleNamespace(comparison=comparison, vote=SimpleNamespace(id=seq, seq=seq, voter=voter, kind=kind, groups=groups, edit=edit))
 
 
 def example(prompt: str, voter: str, n: int, conversation: str | None = None) -> RankedExample:
@@ -47,10 +53,10 @@ def test_examples_keep_sampled_ids_and_encode_imported_text_with_an_end() -> Non
     assert got.strict == [(0, 1)] and got.tied == []
 
 
-def test_votes_come_oldest_first_and_those_that_rank_nothing_are_left_out() -> None:
+def test_votes_come_oldest_first_and_those_that_state_nothing_are_left_out() -> None:
     votes = [vote(3, [[1], [0]]), vote(2, [], "none"), vote(1, [[0, 1]], "tie"), vote(4, [[0]], "ranking"), vote(5, [[0], [1]], role="assistant")]
     got = examples_from_votes(votes, Letters())
-    assert [e.seq for e in got] == [1, 3]
+    assert [e.seq for e in got] == [1, 2, 3]
     assert got[0].tied == [(0, 1)] and got[0].strict == []
 
 
@@ -66,6 +72,59 @@ def test_the_digest_ignores_order_and_sees_every_change() -> None:
     flipped = examples_from_votes([vote(1, [[1], [0]]), vote(2, [[1], [0]])], Letters())
     assert data_digest(flipped) != data_digest([a, b])
     assert data_digest([a]) != data_digest([a, b])
+
+
+def test_an_edit_beats_what_it_edited_and_is_one_more_completion() -> None:
+    own = (ord("z"), 0)
+    votes = [
+        vote(1, [[1], [0, 2]], edit="z"),
+        vote(2, [[0], [1], [2]], "ranking", edit="z"),
+        vote(3, [[0, 1, 2]], "tie", edit="z"),
+        vote(4, [], "none", edit="z"),
+        vote(5, [[0]], edit="z"),
+    ]
+    favourite, ranking, tie, none, alone = examples_from_votes(votes, Letters())
+    assert all(e.completions_ids[-1] == own for e in (favourite, ranking, tie, none, alone))
+    assert favourite.stated == [(1, 0), (1, 2), (3, 1)] and favourite.strict == [(1, 0), (1, 2)] and favourite.shown == 3
+    assert ranking.stated == [(0, 1), (0, 2), (1, 2), (3, 0)]
+    assert tie.stated == [(3, 0), (3, 1), (3, 2)] and tie.tied == [(0, 1), (0, 2), (1, 2)] and tie.strict == []
+    assert none.stated == [(2, 0), (2, 1)] and none.strict == [] and none.shown == 2 and none.refused == (0, 1)
+    assert alone.stated == [(2, 0)] and alone.strict == []
+
+
+def test_an_edit_that_repeats_a_reply_says_nothing() -> None:
+    (same,) = examples_from_votes([vote(1, [[0], [1]], edit=" b\n")], Letters())
+    assert same.stated == [(0, 1)] and len(same.completions_ids) == 2
+
+
+def test_none_good_refuses_all_and_a_pick_accepts_itself_where_it_could_have_refused() -> None:
+    votes = [vote(1, [], "none"), vote(2, [[1], [0, 2]]), vote(3, [[0, 2], [1]], "ranking"), vote(4, [[0, 1]], "tie"),
+             vote(5, [[0], [1]], settings={"imported": "x.jsonl"})]  # fmt: skip
+    said = [(e.accepted, e.refused) for e in examples_from_votes(votes, Letters())]
+    assert said == [((), (0, 1)), ((1,), ()), ((0, 2), ()), ((), ()), ((), ())]
+
+
+def test_the_digest_sees_edits_and_refusals() -> None:
+    plain, edited, refused = (
+        data_digest(examples_from_votes([vote(1, groups, kind, edit=edit)], Letters()))
+        for groups, kind, edit in (([[0], [1]], "favourite", None), ([[0], [1]], "favourite", "z"), ([], "none", None))
+    )
+    assert len({plain, edited, refused}) == 3
+
+
+def test_flooding_pushes_nobody_out() -> None:
+    few = [example(f"p{n}", ["ann", "bob"][n % 2], n) for n in range(6)]
+    flood = [example(f"p{n}", "eve", n) for n in range(6, 40)]
+    kept = newest(few + flood, 12)
+    assert [e.seq for e in kept if e.voter != "eve"] == list(range(6))
+    assert [e.seq for e in kept if e.voter == "eve"] == list(range(34, 40))
+    assert [e.seq for e in newest(flood, 5)] == [35, 36, 37, 38, 39] and newest(few, 9) == few
+
+
+def test_one_edit_written_under_two_prompts_is_on_one_side_of_a_split() -> None:
+    examples = [replace(example(f"p{n}", "ann", n), completions_ids=((3,), (4,), (50 + n // 2,)), edit_beats=(0,)) for n in range(24)]
+    for fold in split_folds(examples, 4, 0).folds:
+        assert not {examples[i].completions_ids[-1] for i in fold.train} & {examples[i].completions_ids[-1] for i in fold.test}
 
 
 @settings(max_examples=300, deadline=None)

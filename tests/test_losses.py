@@ -15,6 +15,7 @@ from learner.losses import (
     kl_k3,
     masked_mean,
     masked_var,
+    outside_option,
     policy_loss,
     preference_loss,
     value_loss,
@@ -99,6 +100,28 @@ def test_a_tie_pulls_scores_together_and_a_win_apart() -> None:
     (tie,) = torch.autograd.grad(davidson(s, [], [(0, 1)], nu), s)
     (win,) = torch.autograd.grad(davidson(s, [(0, 1)], [], nu), s)
     assert tie[0] > 0 > tie[1] and win[0] < 0 < win[1]
+
+
+def test_the_outside_option_by_hand() -> None:
+    """sigma(1) = 0.731059, sigma(2) = 0.880797; level 1."""
+    s, level = torch.tensor([2.0, 3.0, 0.0], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    assert outside_option(s, (0,), (), level).item() == pytest.approx(-math.log(0.7310585786) / 3)
+    assert outside_option(s, (0, 1), (), level).item() == pytest.approx(-(math.log(0.7310585786) + math.log(0.8807970780)) / 2 / 3)
+    refused = -(math.log(1 - 0.7310585786) + math.log(1 - 0.8807970780) + math.log(0.7310585786)) / 3
+    assert outside_option(s, (), (0, 1, 2), level).item() == pytest.approx(refused)
+    assert outside_option(s, (), (), level).item() == 0.0
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_outside_options_pairs_have_luces_scores_as_their_optimum(k: int) -> None:
+    """Expected loss over Luce's choice among k replies and none, with its true chances: no gradient at the true scores."""
+    s, level = batch(7, k).requires_grad_(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    chances = torch.cat([s, level[None]]).softmax(0).detach()
+    expected = chances[k] * outside_option(s, (), tuple(range(k)), level)
+    for i in range(k):
+        expected = expected + chances[i] * outside_option(s, (i,), (), level)
+    for gradient in torch.autograd.grad(expected, (s, level)):
+        assert gradient.abs().max().item() < 1e-12
 
 
 def test_losses_stay_finite_for_huge_scores() -> None:

@@ -100,7 +100,7 @@ def test_scores_of_zero_leave_only_what_cut_replies_cost(model: CausalModel, tok
 
 
 def test_over_the_ceiling_the_run_stops_and_goes_back(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
-    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.0, kl_target=2.0, kl_ceiling=2.0)
+    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.0, kl_target=2.0, kl_ceiling=2.0, back_offs=0)
     result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
     assert "ceiling" in result.stopped and result.history[-1]["kl"] > 2.0 >= result.kl
     assert result.kept_update < result.history[-1]["update"]
@@ -110,6 +110,19 @@ def test_over_the_ceiling_the_run_stops_and_goes_back(model: CausalModel, tokeni
         new, _ = rollout.reply_logprobs(model, batch, torch.arange(24), "p", 1.0)
         ref, _ = rollout.reply_logprobs(model, batch, torch.arange(24), None, 1.0)
     assert float((new - ref).sum(1).mean()) < 4.0  # what is in the adapter is the kept policy, not the one that ran away
+
+
+def test_over_the_ceiling_it_goes_on_from_the_last_good_state_with_smaller_steps(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]
+) -> None:
+    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.01, kl_target=2.0, kl_ceiling=2.0, back_offs=8)
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
+    over = [row["update"] for row in result.history if row["kl"] > 2.0]
+    assert over and "policy_loss" not in result.history[over[0]]  # no update was made from there
+    after = result.history[over[0] + 1]
+    assert after["kl"] == pytest.approx(result.history[over[0] - 1]["kl"], abs=1.0) and after["kl"] <= 2.0
+    assert after["kl_coef"] >= 1.9 * result.history[over[0] - 1]["kl_coef"]
+    assert result.kept_update > over[0] and result.kl <= 2.0
 
 
 def test_a_start_over_the_ceiling_is_refused(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:

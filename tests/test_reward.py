@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from scipy.stats import kstest
 
 from engine.model import CausalModel
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split, split_folds
 from learner.metrics import pair_accuracy
 from learner.reward import (
+    Fit,
     RewardDiverged,
     RewardModel,
     base_features,
@@ -107,7 +109,7 @@ def test_the_probe_is_the_optimum_that_scipy_finds() -> None:
         return float(total)
 
     best = minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
-    head, bias = linear_probe(examples, features, weights, ridge)
+    head, bias, _ = linear_probe(examples, features, weights, ridge)
     assert head.numpy() == pytest.approx(best / scale, abs=1e-4)
     scores = torch.cat(features) @ head + bias
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
@@ -123,7 +125,7 @@ def test_the_probe_recovers_a_planted_bradley_terry_scale() -> None:
         first = rng.random() < 1 / (1 + math.exp(-(x[0] - x[1]) @ truth))
         features.append(torch.tensor(x, dtype=torch.float32))
         examples.append(example((5,), [(6,), (7,)], [[0], [1]] if first else [[1], [0]], n))
-    head, _ = linear_probe(examples, features, torch.ones(3000), 1e-3)
+    head, _, _ = linear_probe(examples, features, torch.ones(3000), 1e-3)
     assert head.numpy() == pytest.approx(truth, rel=0.15)
 
 
@@ -131,9 +133,137 @@ def test_ties_pull_scores_together() -> None:
     features = [torch.tensor([[1.0, 0.3], [0.0, -0.2]]), torch.tensor([[2.0, 0.1], [0.5, 0.4]])]
     strict = [example((5,), [(6,), (7,)], [[0], [1]], n) for n in range(2)]
     mixed = [strict[0], example((5,), [(6,), (7,)], [[0, 1]], 1, ties=True)]
-    apart, _ = linear_probe(strict, features, torch.ones(2), 0.1)
-    closer, _ = linear_probe(mixed, features, torch.ones(2), 0.1)
+    apart, _, _ = linear_probe(strict, features, torch.ones(2), 0.1)
+    closer, _, _ = linear_probe(mixed, features, torch.ones(2), 0.1)
     assert float((features[1] @ closer).diff()) > float((features[1] @ apart).diff())  # 0 - 1, negative: nearer to 0
+
+
+def luce_with_none(count: int, seed: int, level: float) -> tuple[list[RankedExample], list[torch.Tensor], np.ndarray, np.ndarray]:
+    """Choices among three replies and "none of them" by Luce: examples, features, and (features, choice) for an oracle."""
+    rng = np.random.default_rng(seed)
+    truth, rows, picks = np.array([1.0, -0.6, 0.4]), rng.normal(size=(count, 3, 3)), []
+    rows -= rows.mean((0, 1))  # scores are about the mean reply's, and so is the level
+    for x in rows:
+        picks.append(int((np.append(x @ truth, level) + rng.gumbel(size=4)).argmax()))
+    blank = [example((5,), [(6,), (7,), (8,)], [], n) for n in range(count)]
+    examples = [
+        replace(e, refused=(0, 1, 2)) if c == 3 else replace(e, groups=((c,), tuple(i for i in range(3) if i != c)), accepted=(c,))
+        for e, c in zip(blank, picks, strict=True)
+    ]
+    return examples, [torch.tensor(x, dtype=torch.float32) for x in rows], rows, np.array(picks)
+
+
+def test_the_probe_with_an_outside_option_is_the_optimum_that_scipy_finds() -> None:
+    examples, features, rows, picks = luce_with_none(30, 0, 0.5)
+    assert 5 < sum(bool(e.refused) for e in examples) < 25
+    scale = rows.reshape(-1, 3).std(0, ddof=1) * math.sqrt(3)
+
+    def objective(p: np.ndarray) -> float:
+        total = 0.2 / 2 * p[:3] @ p[:3]
+        for x, c in zip(rows, picks, strict=True):
+            s = x / scale @ p[:3]
+            if c == 3:
+                total += np.log1p(np.exp(s - p[3])).mean()
+            else:
+                total += np.mean([np.log1p(np.exp(s[j] - s[c])) for j in range(3) if j != c]) + np.log1p(np.exp(p[3] - s[c])) / 3
+        return float(total)
+
+    best = minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
+    probe = linear_probe(examples, features, torch.ones(30), 0.2)
+    assert probe.weight.numpy() == pytest.approx(best[:3] / scale, abs=1e-4)
+    assert float(probe.level) == pytest.approx(best[3], abs=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.5])
+def test_the_level_of_simulated_voters_is_found(level: float) -> None:
+    """3000 choices: within 0.2, and as near as scipy's maximum likelihood of the whole choice (multinomial logit) comes."""
+    examples, features, rows, picks = luce_with_none(3000, 1, level)
+
+    def nll(p: np.ndarray) -> float:
+        utility = np.concatenate([rows @ p[:3], np.full((len(rows), 1), p[3])], axis=1)
+        return float((np.log(np.exp(utility).sum(1)) - utility[np.arange(len(rows)), picks]).mean())
+
+    oracle = minimize(nll, np.zeros(4), method="BFGS").x
+    probe = linear_probe(examples, features, torch.ones(3000), 1e-3)
+    found = [*probe.weight.tolist(), float(probe.level)]
+    assert found == pytest.approx([1.0, -0.6, 0.4, level], abs=0.2)
+    assert found == pytest.approx(oracle, abs=0.12)  # pairs waste a little of what the choice says
+
+
+def test_none_good_votes_make_better_scores() -> None:
+    """40 choices of which about half are refusals, 12 draws: more pairs right than without them, by 2 standard errors."""
+    gains = []
+    for seed in range(12):
+        examples, features, _, _ = luce_with_none(40, 100 + seed, 1.5)
+        kept = [i for i, e in enumerate(examples) if not e.refused]
+        fresh = np.random.default_rng(seed).normal(size=(4000, 3))
+        right = []
+        for rows in (range(40), kept):
+            head = linear_probe([examples[i] for i in rows], [features[i] for i in rows], torch.ones(len(rows)), 0.3).weight.numpy()
+            right.append(np.mean((fresh @ head > 0) == (fresh @ [1.0, -0.6, 0.4] > 0)))
+        gains.append(right[0] - right[1])
+    assert np.mean(gains) > 2 * np.std(gains, ddof=1) / math.sqrt(12)
+
+
+def test_without_refusals_the_outside_option_is_not_there() -> None:
+    examples, features, _, _ = luce_with_none(40, 2, 0.0)
+    kept = [(e, x) for e, x in zip(examples, features, strict=True) if not e.refused]
+    picks, own = [e for e, _ in kept], [x for _, x in kept]
+    silent = [replace(e, accepted=()) for e in picks]
+    one, two = (linear_probe(rows, own, torch.ones(len(rows)), 0.1) for rows in (picks, silent))
+    assert torch.equal(one.weight, two.weight) and float(one.level) == 0.0
+    refusals = [replace(e, accepted=()) for e in examples]  # nor with refusals alone, which have no finite level
+    only = linear_probe(refusals, features, torch.ones(40), 0.1)
+    assert float(only.level) == 0.0
+
+
+def test_an_edit_wins_in_the_loss_and_in_the_probe() -> None:
+    edited = replace(example((5,), [(6,), (7,), (8,)], [[0], [1]], 0), edit_beats=(0,))
+    scores = torch.tensor([1.0, 0.0, 3.0])
+    expected = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-2.0))) / 2  # reply 0 over 1, the edit over 0
+    assert float(comparisons_loss(scores, [edited], None, torch.ones(1))) == pytest.approx(expected)
+    refused = replace(example((5,), [(6,), (7,)], [], 1), edit_beats=(0,), refused=(0,))
+    whole = comparisons_loss(torch.tensor([1.0, 0.0, 3.0, 0.5, 2.0]), [edited, refused], None, torch.ones(2), torch.tensor(0.2))
+    other = math.log1p(math.exp(-1.5)) + math.log1p(math.exp(0.3))  # the edit over the reply, and none over it
+    assert float(whole) == pytest.approx((expected + other) / 2)
+    features = [torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])]
+    head, _, _ = linear_probe([edited], features, torch.ones(1), 0.1)
+    assert head[0] > 0 > head[1]
+
+
+def test_members_weigh_votes_by_the_bayesian_bootstrap(model: CausalModel) -> None:
+    """Independent exponentials scaled to mean 1, which is Dirichlet(1, ..., 1) times n (Rubin 1981); times the voter's weight."""
+    examples = [replace(example((5,), [(6,), (7,)], [[n % 2], [1 - n % 2]], n), weight=0.5 + n % 2) for n in range(400)]
+    features = [torch.tensor([[0.3, 1.0], [0.1, 2.0]])] * 400
+    reward = RewardModel.create(model, SMALL, 1)
+    reward.members[0].start = lambda *_: None  # the features are made up
+    drawn = Fit(reward, 0, examples, features, 0.1, 3).weights / torch.tensor([e.weight for e in examples])
+    assert float(drawn.mean()) == pytest.approx(1.0, abs=1e-5)
+    assert kstest(drawn.numpy(), "expon").pvalue > 0.001
+
+
+def test_members_learn_the_level_with_their_adapter(model: CausalModel) -> None:
+    examples = repeating_wins(16, 12)
+    examples += [replace(e, groups=(), refused=(0, 1, 2), prompt_key=f"q{n}") for n, e in enumerate(repeating_wins(8, 13))]
+    examples = [replace(e, accepted=e.groups[0]) if e.groups else e for e in examples]
+    heads, trained = (fit_members(model, examples, SMALL, epochs, 0.1, 0, QUIET) for epochs in (0, 1))
+    before, after = (r.members[0].level.item() for r in (heads, trained))
+    assert before != 0.0 and after != before
+    trained.delete()
+
+
+def test_voters_who_vote_at_random_weigh_less_in_what_is_fitted(model: CausalModel) -> None:
+    rng = random.Random(5)
+    examples = [replace(e, voter=f"v{n % 4}") for n, e in enumerate(repeating_wins(80, 14))]
+    for n, e in enumerate(examples):
+        if e.voter == "v3":
+            best = rng.randrange(3)
+            examples[n] = replace(e, groups=((best,), tuple(i for i in range(3) if i != best)))
+    checked = cross_validate(model, examples, split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, QUIET)
+    assert checked.voters["v3"].weight < 0.8 * min(checked.voters[v].weight for v in ("v0", "v1", "v2"))
+    assert [e.weight for e in checked.examples] == [checked.voters[e.voter].weight for e in examples]
+    alone = cross_validate(model, [replace(e, voter="v") for e in examples], split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, QUIET)
+    assert {e.weight for e in alone.examples} == {1.0}
 
 
 def test_a_comparison_weighs_the_same_however_many_replies_it_has() -> None:

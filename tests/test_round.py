@@ -16,8 +16,9 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
+from learner.data import examples_from_votes
 from learner.ppo import PPOError
-from learner.round import Learner, choose_prompts, close_unfinished, replay_round
+from learner.round import Learner, choose_prompts, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
 from store.records import Completion, NewComparison
 from store.rounds import RoundFiles
@@ -118,6 +119,47 @@ def test_the_record_has_the_contracts_shape_and_all_it_takes_to_replay(published
     assert {"ece", "brier", "length_only", "agreement", "split", "interval", "words"} <= set(reward)
     assert "only one voter" in reward["split"]
     assert {"reward_s", "ppo_s", "gate_s"} <= set(on_disk["timings"])
+
+
+def test_the_record_lists_voters_by_digest(published: tuple) -> None:
+    _, record, _ = published
+    (voter,) = record["reward"]["voters"]["listed"]
+    assert (voter["votes"], voter["weight"], voter["share"], voter["reliability"]) == (24, 1.0, 1.0, None)
+    assert "ann" not in str(record["reward"])
+    assert (record["reward"]["edits"], record["reward"]["none_good"]) == (0, 0)
+
+
+def test_a_withdrawn_vote_takes_its_edit_and_its_refusal_along(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 3)
+        store.record_vote("cmp-0", "ann", groups=[], kind="none", edit="a better reply")
+        store.record_vote("cmp-1", "ann", groups=[], kind="none")
+        edited, refused = (e for e in examples_from_votes(store.voted_comparisons(), tokenizer) if e.refused)
+        assert edited.edit_beats == (0, 1) and edited.completions_ids[2] == (*tokenizer.encode("a better reply"), tokenizer.eos_ids[0])
+        assert refused.edit_beats == () and refused.refused == (0, 1)
+        for n in (0, 1):
+            store.withdraw_vote(f"cmp-{n}", "ann")
+        (left,) = examples_from_votes(store.voted_comparisons(), tokenizer)
+        assert left.comparison_id == "cmp-2" and not left.refused and not left.edit_beats
+        assert list(store.export("demonstration")) == [] and len(list(store.export("ranking"))) == 1
+
+
+def test_every_kind_of_vote_reaches_the_reward_model(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    """Favourites of three voters, ties, refusals and edits; what is tested stays what people were shown."""
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 48)
+        voted = []
+        for n, item in enumerate(store.voted_comparisons()):
+            change = {0: {"groups": ((0, 1),), "kind": "tie"}, 1: {"groups": (), "kind": "none"}, 2: {"edit": f"word {n}"}}.get(n % 8, {})
+            voted.append(replace(item, vote=replace(item.vote, voter=f"v{n % 3}", **change)))
+    examples = examples_from_votes(voted, tokenizer)
+    reward, _, report, may_train = train_reward(model, examples, QUICK, 0, lambda *_: None)
+    assert may_train and reward is not None
+    assert (report["votes_used"], report["strict"], report["ties"], report["none_good"], report["edits"]) == (48, 36, 6, 6, 6)
+    assert report["pairs"] == report["comparisons"] == 36  # the six pairs with an edit are learned from, not tested on
+    assert report["voters"]["count"] == 3 and sum(row["votes"] for row in report["voters"]["listed"]) == 48
+    assert all(member.level.item() != 0.0 for member in reward.members)
+    reward.delete()
 
 
 def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple) -> None:

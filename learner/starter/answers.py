@@ -85,10 +85,13 @@ def excited(sentence: str) -> str:
 
 
 def pick_facts(t: Topic, count: int, rng: Random, avoid: Sequence[str] = ()) -> list[str]:
-    """`count` facts in random order and wording, without those that say the same as a sentence in `avoid`."""
-    pool = [f for f in t.facts if not any(same(v, a) for v in f for a in avoid)]
-    chosen = rng.sample(pool, min(count, len(pool)))
-    return [rng.choice(variants) for variants in chosen]
+    """`count` facts in random wording, without those that say the same as a sentence in `avoid`.
+
+    In file order: a model that has to draw facts in any order must remember which it has said, and a small one repeats itself.
+    """
+    pool = [i for i, f in enumerate(t.facts) if not any(same(v, a) for v in f for a in avoid)]
+    chosen = sorted(rng.sample(pool, min(count, len(pool))))
+    return [rng.choice(t.facts[i]) for i in chosen]
 
 
 def pick_steps(
