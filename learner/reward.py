@@ -357,6 +357,7 @@ class CrossValidation:
     scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... whole passes;
     epochs: how many paid. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one
     a fold, as they were then. examples: as given, but weighted by how reliable their voters are, which `voters` says.
+    features: `base_features` of the examples.
     """
 
     scores: dict[int, list[float]]
@@ -366,6 +367,7 @@ class CrossValidation:
     judges: RewardModel
     examples: list[RankedExample]
     voters: dict[str, Voter]
+    features: list[Tensor]
 
 
 def cross_validate(
@@ -402,7 +404,7 @@ def cross_validate(
             break
     for i, kept in enumerate(best):
         kept.restore(reward, i)
-    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, examples, voters)
+    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, examples, voters, features)
 
 
 @dataclass(frozen=True)
@@ -465,7 +467,7 @@ def held_out_heads(
     examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float
 ) -> dict[int, list[float]]:
     """Scores (K,) of every tested example, by its index, under heads fitted to the other folds."""
-    scores = {}
+    scores: dict[int, list[float]] = {}
     for fold in split.folds:
         train = [examples[j] for j in fold.train]
         weights = torch.tensor([e.weight for e in train])
@@ -494,11 +496,14 @@ def weigh(
 
 def fit_members(
     model: CausalModel, examples: Sequence[RankedExample], config: RewardConfig, epochs: int, ridge: float, seed: int,
-    progress: Progress,
+    progress: Progress, features: Sequence[Tensor] | None = None,
 ) -> RewardModel:  # fmt: skip
-    """The ensemble that PPO optimises: `config.members` members on all examples, `epochs` passes each."""
+    """The ensemble that PPO optimises: `config.members` members on all examples, `epochs` passes each.
+
+    features: `base_features` of the examples, where they are there already.
+    """
     reward = RewardModel.create(model, config, config.members)
-    features = base_features(reward, examples)
+    features = base_features(reward, examples) if features is None else features
     for i in range(config.members):
         fit = Fit(reward, i, examples, features, ridge, seed + i)
         for epoch in range(epochs):

@@ -276,7 +276,9 @@ def train_reward(
     }  # fmt: skip
     if not verdict.may_train:
         return None, checked.judges, report, False
-    reward = fit_members(model, checked.examples, config.reward, checked.epochs, checked.ridge, seed, lambda f, m: progress(0.55 + 0.45 * f, m))
+    reward = fit_members(
+        model, checked.examples, config.reward, checked.epochs, checked.ridge, seed, lambda f, m: progress(0.55 + 0.45 * f, m), checked.features
+    )
     return reward, checked.judges, report, True
 
 
