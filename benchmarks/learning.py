@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import httpx
 import torch
+from scipy.stats import ttest_1samp
 
 from benchmarks.serving import serving
 from engine.engine import BASE, Engine
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=4, help="replies a comparison")
-    parser.add_argument("--held-out", type=int, default=60, help="held-out prompts that the taste judges on")
+    parser.add_argument("--held-out", type=int, default=100, help="held-out prompts that the taste judges on")
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--serve", default="", help='further flags of `plaudit serve`, such as "--learner-nice 0" on a busy machine')
     parser.add_argument("--keep", type=Path, help="keep the data directories here")
@@ -143,10 +144,11 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
         streamed = check_streams(streams, server.data_dir, args.model)
         kl = measured_kl(server.data_dir, args.model, versions["live"], held_out)
     ours, theirs = (broken_rate((text, "stop") for text in texts) for texts in (judged.ours, judged.theirs))
+    rise = broken_rise(judged.ours, judged.theirs, len(held_out))
     result = {
         "taste": taste, "votes": args.votes, "noise": args.noise, "seed": args.seed, "live": versions["live"],
         "win_rate": round(judged.win_rate, 4), "best_of_8": round(judged.best_of, 4), "share": round(judged.share, 4),
-        "kl": round(kl, 3), "broken": round(ours, 4), "base_broken": round(theirs, 4), "replies": len(judged.ours),
+        "kl": round(kl, 3), "broken": round(ours, 4), "base_broken": round(theirs, 4), "broken_rise_95": rise, "replies": len(judged.ours),
         "minutes": round(seconds / 60, 2), "rounds": rounds, "streams": streamed,
     }  # fmt: skip
     result["met"] = (
@@ -155,11 +157,19 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     print(
         f"   live {versions['live']}: wins {judged.win_rate:.3f} against base, best of 8 wins {judged.best_of:.3f}, share "
-        f"{judged.share:.3f}; KL {kl:.2f} nats; broken {ours:.3f} (base {theirs:.3f}); {seconds / 60:.1f} minutes; streams {streamed}: "
+        f"{judged.share:.3f}; KL {kl:.2f} nats; broken {ours:.3f} (base {theirs:.3f}, rise 95% {rise[0]:+.3f} to {rise[1]:+.3f}); {seconds / 60:.1f} minutes; streams {streamed}: "
         f"{'met' if result['met'] else 'MISSED'}",
         flush=True,
     )
     return result
+
+
+def broken_rise(ours: Sequence[str], theirs: Sequence[str], prompts: int) -> tuple[float, float]:
+    """95% interval of the rise in the share of broken replies, prompts being what was drawn (replies to one are consecutive)."""
+    each = len(ours) // prompts
+    rows = [[broken_rate((text, "stop") for text in texts[i : i + each]) for i in range(0, len(texts), each)] for texts in (ours, theirs)]
+    low, high = ttest_1samp([a - b for a, b in zip(*rows, strict=True)], 0.0).confidence_interval()
+    return round(float(low), 4), round(float(high), 4)
 
 
 def settle(url: str, began: float) -> list[dict[str, Any]]:

@@ -126,8 +126,8 @@ class SFTRoundConfig:
 class GateConfig:
     """What a candidate must pass. `learner/gate.py` reads it."""
 
-    prompts: int = 24  # held-out prompts
-    replies_per_prompt: int = 3  # sampled from each of live, candidate and reference
+    prompts: int = 48  # held-out prompts
+    replies_per_prompt: int = 4  # sampled from each of live, candidate and reference
     max_new_tokens: int = 96
     temperature: float = 1.0
     min_win_rate: float = 0.5  # the lower bound of the win rate against live must be above it
