@@ -290,7 +290,8 @@ class ClientGone(ApiError):
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One server-sent event, in ASCII: many clients split text at U+0085 and U+2028 too, which a reply may hold."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _disconnected(receive: Receive) -> None:

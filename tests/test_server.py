@@ -16,6 +16,7 @@ import pytest
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from server.chat import _event
 from server.errors import StartupError
 from server.runtime import Runtime
 from store.errors import DataDirInUse
@@ -101,6 +102,14 @@ def test_a_streamed_answer_is_the_whole_answer(client: httpx.Client) -> None:
     assert texts == [c["message"]["content"] for c in whole["choices"]]
     assert reasons == [c["finish_reason"] for c in whole["choices"]]
     assert logprobs == [c["logprobs"]["content"] for c in whole["choices"]]
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b\u2029c", "\x0b\x0c\x1c\r\n", "é 🙂"])
+def test_an_event_is_one_line_to_every_way_of_splitting_lines(text: str) -> None:
+    event = _event({"content": text})
+    assert event.endswith(b"\n\n")
+    [line] = [line for line in event.decode().splitlines() if line]
+    assert json.loads(line.removeprefix("data: ")) == {"content": text}
 
 
 def test_the_official_client_works_streaming_and_not(server: Served) -> None:
