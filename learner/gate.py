@@ -318,7 +318,7 @@ def probe_logprobs(
 def load_probes(path: Path = PROBES) -> list[dict[str, str]]:
     """The bundled known answers; none where the file is absent. Raises GateError when it is damaged."""
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
         return [{"prompt": str(row["prompt"]), "answer": str(row["answer"])} for row in rows]
     except FileNotFoundError:
         return []

@@ -27,7 +27,7 @@ async def export(
 
     async def lines() -> AsyncIterator[bytes]:
         while batch := await runtime.db(lambda: list(itertools.islice(rows, ROWS))):
-            yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch)
+            yield b"".join(json.dumps(row).encode() + b"\n" for row in batch)
 
     name = f'attachment; filename="plaudit-{format}.jsonl"'
     return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"Content-Disposition": name})

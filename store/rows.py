@@ -46,7 +46,7 @@ def read_rows(file: str | Path) -> list[Row]:
         try:
             whole = json.loads(text)
         except ValueError as error:
-            first = next((line for line in text.splitlines() if line.strip()), "")
+            first = next((line for line in text.split("\n") if line.strip()), "")
             lines = isinstance(parsed(first), dict)
             if not lines:
                 at = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
