@@ -53,6 +53,7 @@ class PPOConfig:
     """The policy update. `learner/ppo.py` reads it."""
 
     estimator: str = "rloo"  # advantages: "gae", or "rloo" (leave-one-out baseline): more reward a second, see docs/decisions.md
+    begin: str = "live"  # where a round's policy begins: at the live version, or at the "reference" again
     updates: int = 16  # rollout batches
     max_updates: int = 0  # end after this many, with the learning rates of `updates` (replays); 0 = no such limit
     prompts_per_update: int = 12
@@ -65,6 +66,7 @@ class PPOConfig:
     lora_alpha: int = 32
     lr: float = 2e-3
     value_lr: float = 1e-3
+    average: float = 0.0  # decay, an update, of the moving average that a run ends with; 0 = what the last update made
     max_grad_norm: float = 1.0
     clip: float = 0.2  # policy ratio (Schulman et al. 2017, Eq. 7)
     value_clip: float = 0.2
@@ -91,10 +93,12 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _need(self.estimator in ("gae", "rloo", "reinforce"), "ppo.estimator must be gae, rloo or reinforce")
+        _need(self.begin in ("live", "reference"), "ppo.begin must be live or reference")
         _need(self.updates >= 1 and self.epochs >= 1, "ppo.updates and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")
+        _need(0 <= self.average < 1, "ppo.average must be at least 0 and under 1")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
 

@@ -212,13 +212,16 @@ def train_ppo(
     controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
 
     history: list[dict[str, Any]] = []
-    kept = Kept(model, policy)
+    kept, average = Kept(model, policy), Average(model, policy, config.average)
     judged = Judged(config.patience, config.part)
     last = min(config.updates, config.max_updates or config.updates)
     stopped, backed_off = f"all {last} updates done", 0
     try:
         for update in range(last + 1):  # the last turn only measures what the last update made
             lap = time.monotonic()
+            final = update == last or lap - began > config.max_seconds
+            if final:
+                average.restore()
 
             # 2. Rollouts: the policy's own replies, by the engine.
             batch = sample(policy, update + 1)
@@ -246,7 +249,7 @@ def train_ppo(
                 "broken": broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)), "distinct2": distinct_n(batch.texts, 2),
                 "engine_gap": float((batch.engine_logprobs - old).abs().max()),
             }  # fmt: skip
-            if judge is not None and (update % config.judge_every == 0 or update == last):
+            if judge is not None and (update % config.judge_every == 0 or final):
                 row["judges"] = float(judge(batch).mean())
 
             # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at twice the
@@ -256,13 +259,14 @@ def train_ppo(
                 if update == 0:
                     raise PPOError(f"the starting policy is {kl_reply:.1f} nats from the reference, over the ceiling of {config.kl_ceiling:g}")
                 kept.restore()
-                if backed_off == config.back_offs or update == last:
+                if backed_off == config.back_offs or final:
                     stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {config.kl_ceiling:g}: went back to update {kept.update}"
                     break
                 backed_off += 1
                 peak = [top / 2 for top in peak]
                 controller.beta *= 2
                 optimizer.state.clear()  # its momentum points over the ceiling
+                average = Average(model, policy, config.average)
                 continue
             parted = "judges" in row and judged.parted(row["judges"])
             if parted:
@@ -274,8 +278,7 @@ def train_ppo(
             kept = Kept(model, policy, update, row["kl"], batch.texts[0])
             if "judges" in row and judged.newest_is_best:
                 judged.best = kept
-            out_of_time = time.monotonic() - began > config.max_seconds
-            if update == last or out_of_time:
+            if final:
                 history.append(row | {"seconds": time.monotonic() - lap})
                 if update < last:
                     stopped = f"{config.max_seconds:g} s were up after {update} updates"
@@ -309,7 +312,8 @@ def train_ppo(
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
 
-            # 8. The KL controller, and the log.
+            # 8. The average, the KL controller, and the log.
+            average.add()
             controller.update(kl_reply, len(batch))
             row |= {"seconds": time.monotonic() - lap, "tokens_per_second": float(batch.lengths.sum()) / (time.monotonic() - lap)}
             history.append(row)
@@ -442,6 +446,29 @@ class Kept:
         """Put the copy back."""
         for name, p in self.parameters.items():
             p.copy_(self.values[name])
+
+
+class Average:
+    """The policy's exponential moving average over updates: the noise of single updates cancels, what they agree on stays,
+    so that more reward comes for the same KL (Rame et al. 2024, WARP, section 3.1). It is what a run ends with."""
+
+    def __init__(self, model: CausalModel, policy: str, decay: float) -> None:
+        self.parameters, self.decay, self.weight = list(model.lora.parameters(policy).values()), decay, 0.0
+        self.sums = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in the policy as it is."""
+        self.weight = self.decay * self.weight + 1.0
+        for total, p in zip(self.sums, self.parameters, strict=True):
+            total.mul_(self.decay).add_(p)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the average into the policy; nothing changes where there is none yet."""
+        for total, p in zip(self.sums, self.parameters, strict=True):
+            if self.weight:
+                p.copy_(total / self.weight)
 
 
 class Judged:
