@@ -33,7 +33,7 @@ from learner.config import LearnerConfig
 from learner.gate import load_probes, probe_answers, reply_kl
 from learner.round import Learner
 from learner.simulate import prompts_from
-from learner.tastes import favourite, taste_named, win_rate
+from learner.tastes import Taste, favourite, taste_named, win_rate
 from learner.text_checks import broken_rate
 from server.settings import STARTER
 from store.adapters import AdapterRegistry
@@ -49,8 +49,8 @@ TARGETS = {"share_at_60": 0.9, "share_at_150": 1.0, "worst_at_150": 0.85, "kl": 
 class People:
     """Voters of one taste; some may vote at random. What they say follows the seed."""
 
-    def __init__(self, taste: str, *, noise: float, careless: float, seed: int, count: int = 5) -> None:
-        self.liking, self.noise, self.draw = taste_named(taste), noise, random.Random(f"people/{seed}")
+    def __init__(self, taste: Taste, *, noise: float, careless: float, seed: int, count: int = 5) -> None:
+        self.liking, self.noise, self.draw = taste, noise, random.Random(f"people/{seed}")
         self.names = [f"voter-{i}" for i in range(count)]
         self.careless = set(self.names[: round(careless * count)])
 
@@ -63,6 +63,20 @@ class People:
         groups = (tuple(every),) if pick is None else ((pick,), tuple(i for i in every if i != pick))
         vote = Vote(f"vote-{number}", number + 1, comparison.id, voter, "tie" if pick is None else "favourite", groups, None, None, 0.0)
         return VotedComparison(replace(comparison, voter=voter, votes=(vote,)), vote)
+
+
+def picks_on(people: People, asked: Sequence[str], replies: Sequence[Reply], each: int, version: str, first: int = 0) -> list[VotedComparison]:
+    """Their votes, the first being number `first`, on `each` replies of `version` to every prompt."""
+    found = []
+    for i, prompt in enumerate(asked):
+        shown = tuple(
+            Completion(k, r.text, tuple(r.token_ids), tuple(r.logprobs), version, str(r.finish_reason), r.params.seed or 0)
+            for k, r in enumerate(replies[i * each : (i + 1) * each])
+        )
+        name = f"{first + i}"
+        comparison = Comparison(name, name, "", ({"role": "user", "content": prompt},), {"temperature": 1.0}, 0.0, shown)
+        found.append(people.vote(first + i, comparison))
+    return found
 
 
 class Course:
@@ -111,15 +125,7 @@ class Course:
             asked.append(self.deck.pop())
         replies = self.sample(asked, SAMPLES, self.load(), 100 + len(self.voted))
         self.unload()
-        for i, prompt in enumerate(asked):
-            shown = tuple(
-                Completion(k, r.text, tuple(r.token_ids), tuple(r.logprobs), self.live, str(r.finish_reason), r.params.seed or 0)
-                for k, r in enumerate(replies[i * SAMPLES : (i + 1) * SAMPLES])
-            )  # fmt: skip
-            number = len(self.voted)
-            name = f"{number}"
-            comparison = Comparison(name, name, "", ({"role": "user", "content": prompt},), {"temperature": 1.0}, 0.0, shown)
-            self.voted.append(self.people.vote(number, comparison))
+        self.voted += picks_on(self.people, asked, replies, SAMPLES, self.live, len(self.voted))
 
     def round(self) -> dict[str, Any]:
         """One round on all votes so far; a version that passes goes live. The round's record."""
@@ -157,7 +163,7 @@ def course(taste: str, seed: int, args: argparse.Namespace) -> list[dict[str, An
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         learner = Learner.load(args.model, config, RoundFiles(Path(folder) / "rounds"), AdapterRegistry(Path(folder) / "adapters"))
-        people = People(taste, noise=args.noise, careless=args.careless, seed=seed)
+        people = People(taste_named(taste), noise=args.noise, careless=args.careless, seed=seed)
         run = Course(learner, people, seed, held_out)
         for votes in args.votes:
             run.ask(votes, prompts_from())

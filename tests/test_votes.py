@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.votes import People, summary, votes_for
+from learner.tastes import taste_named
 from store.records import Comparison, Completion
 
 
@@ -22,16 +23,16 @@ def row(votes: int, share: float, taste: str = "list", seed: int = 0, **more: fl
 
 def test_people_pick_what_they_like_and_the_careless_pick_anything() -> None:
     shown = comparison("one two three", "one", "one two", "one two three four")
-    careful = People("shorter", noise=0.0, careless=0.0, seed=0)
+    careful = People(taste_named("shorter"), noise=0.0, careless=0.0, seed=0)
     assert {careful.vote(i, shown).vote.groups for i in range(50)} == {((1,), (0, 2, 3))}
-    some = People("shorter", noise=0.0, careless=0.2, seed=0)
+    some = People(taste_named("shorter"), noise=0.0, careless=0.2, seed=0)
     picks = [some.vote(i, shown).vote for i in range(500)]
     assert {v.voter for v in picks if v.groups[0] != (1,)} == some.careless and len(some.careless) == 1
     assert sum(v.groups[0] != (1,) for v in picks) == pytest.approx(75, abs=25)  # a fifth of the votes, three in four of them wrong
 
 
 def test_a_comparison_of_equals_is_a_tie() -> None:
-    voted = People("list", noise=0.0, careless=0.0, seed=0).vote(3, comparison("a", "b"))
+    voted = People(taste_named("list"), noise=0.0, careless=0.0, seed=0).vote(3, comparison("a", "b"))
     assert voted.vote.kind == "tie" and voted.vote.groups == ((0, 1),) and voted.vote.seq == 4
 
 
