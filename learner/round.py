@@ -40,7 +40,7 @@ from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
 from learner.reliability import voters_report
-from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
+from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
 from learner.sft import SFTError
 from learner.versions import load_version, open_model
 from store.adapters import AdapterRegistry
@@ -274,6 +274,7 @@ def train_reward(
         "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
         "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "ridge": checked.ridge, "members": config.reward.members,
         "voters": voters_report(checked.voters),
+        "learning_curve": learning_curve(checked.examples, checked.features, split, checked.ridge, seed),
     }  # fmt: skip
     if not verdict.may_train:
         return None, checked.judges, report, False
