@@ -12,6 +12,7 @@ from engine.source import ModelError, eos_ids, read_json, resolve
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 WINDOW = 16  # tokens
+WHOLE = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that add nothing to tokenizer.json
 
 
 class ChatTokenizer:
@@ -30,14 +31,14 @@ class ChatTokenizer:
     @classmethod
     def load(cls, source: str | Path) -> ChatTokenizer:
         """From a local directory or a hub id. Raises ModelError when there is no tokenizer or no chat template."""
-        from transformers import AutoTokenizer
-
         directory = resolve(source)
-        read_json(directory / "tokenizer_config.json")
+        about = read_json(directory / "tokenizer_config.json")
+        whole = about.get("tokenizer_class") in WHOLE and (directory / "tokenizer.json").is_file()
+        import transformers  # which imports what is asked of it and no more: the auto class takes a second longer
+
+        kind: Any = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
+            tokenizer = kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # any of a dozen types, all meaning: no usable tokenizer here
             raise ModelError(f"{source} has no tokenizer that can be loaded: {error}") from error
         if not tokenizer.chat_template:
