@@ -287,7 +287,7 @@ def train_ppo(
             # 6. Rewards a token, then advantages.
             if value is None:
                 # The score is the whole reply's; each token answers for its own KL alone, and a fault for the few tokens
-                # that led to it, which says the same with far less noise than charging every token with all of it.
+                # that led to it: far less noise than charging every token with all of it, and blind to where tokens lead.
                 better = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()  # (B,)
                 local = fault_advantages(spans, batch.mask, config.broken_penalty, config.fault_decay)
                 advantages = torch.where(batch.mask, better[:, None] + local - controller.beta * kl, 0.0)
