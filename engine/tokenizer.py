@@ -5,6 +5,7 @@ Owns the tokenizer. Does not know the model, stop strings (`engine/stopping.py`)
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ class ChatTokenizer:
             )
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+
+    @cached_property
+    def end_id(self) -> int:
+        """The end token that the chat template puts after a reply, for a reply that nobody sampled.
+
+        Of several end tokens the first need not be it: Llama 3 names <|end_of_text|> first and ends turns with <|eot_id|>.
+        """
+        try:
+            chat = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], generation_prompt=False)
+        except ValueError:
+            chat = []
+        return next((i for i in reversed(chat) if i in self.eos_ids), self.eos_ids[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no special tokens added."""

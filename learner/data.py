@@ -20,8 +20,8 @@ from learner.metrics import strict_pairs, tied_pairs
 class Renderer(Protocol):
     """What of `engine.tokenizer.ChatTokenizer` is needed here."""
 
-    eos_ids: tuple[int, ...]
-
+    @property
+    def end_id(self) -> int: ...
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]: ...
     def encode(self, text: str) -> list[int]: ...
 
@@ -161,7 +161,7 @@ def completion_ids(completion: Any, tokenizer: Renderer) -> tuple[int, ...]:
 
 def encoded(text: str, tokenizer: Renderer) -> tuple[int, ...]:
     """Token ids of a reply that nobody sampled, with the end token."""
-    return (*tokenizer.encode(text), tokenizer.eos_ids[0])
+    return (*tokenizer.encode(text), tokenizer.end_id)
 
 
 def prompt_key(messages: Sequence[dict]) -> str:

@@ -22,6 +22,8 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.advantages import last_valid, token_rewards
 from learner.config import RewardConfig
+from learner.data import encoded
+from learner.finetune import last_reply
 from learner.reward import RewardModel
 from learner.rollout import Trajectories, reply_hidden, reply_logprobs, sample
 from learner.sft import IGNORE, collate, encode_chat
@@ -222,3 +224,26 @@ def test_instruction_finetuning_learns_the_end_token_and_no_padding_where_they_a
     assert torch.equal(targets, elsewhere) and (targets == end).sum(1).tolist() == [2, 1]  # one a reply
     short = len(examples[1].ids)
     assert ids[1, short:].tolist() == [end] * (ids.shape[1] - short) and (targets[1, short - 1 :] == IGNORE).all()
+
+
+def test_a_reply_that_nobody_sampled_ends_as_the_chat_template_ends_one_whichever_end_token_is_named_first(tiny_llama: Path, tmp_path: Path) -> None:
+    """Llama 3 names <|end_of_text|> before the <|eot_id|> that its template writes; edits must not be told by their end."""
+    directory = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1]}))
+    tokenizer = ChatTokenizer.load(directory)
+    assert tokenizer.eos_ids[0] == 7 and tokenizer.hf.convert_ids_to_tokens(1) == "<|end|>"
+    assert encoded("Hello you", tokenizer) == (*tokenizer.encode("Hello you"), 1)
+    assert last_reply(tokenizer, [5], "See you", 99).ids[-1] == 1
+
+
+@pytest.mark.parametrize("pad", [-1, 100_000, None])
+def test_a_pad_that_the_embedding_has_no_row_for_is_replaced_by_an_end_token(tiny_llama: Path, tmp_path: Path, pad: int | None) -> None:
+    directory = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    model = CausalModel.load(directory)
+    engine = Engine(model, ChatTokenizer.load(directory), max_sequences=4)
+    batch = sample(engine, [[5, 6, 7], [8] * 9], version="base", group=2, max_tokens=4, temperature=1.0, seed=0)
+    with torch.no_grad():
+        ours, _ = reply_logprobs(model, batch, torch.arange(4), None, 1.0)
+    assert model.pad_id == 1 and not batch.valid.all() and (ours - batch.engine_logprobs).abs().max() < 1e-4

@@ -32,7 +32,7 @@ from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.round import close_unfinished, replay_round
 from learner.sft import SFTConfig, encode_text, train
-from learner.text_checks import broken
+from learner.text_checks import faults
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
 from store.store import Store
@@ -126,10 +126,10 @@ class Watched:
             self.batches.append(sample(*args, **kwargs))
             return self.batches[-1]
 
-        def watched_update(model: CausalModel, policy: str, value: Any, batch: Trajectories, old: Tensor, advantages: Tensor, old_values: Any, returns: Any, *rest: Any) -> dict[str, float]:
+        def watched_update(model: CausalModel, policy: str, value: Any, mixed: Any, batch: Trajectories, old: Tensor, advantages: Tensor, old_values: Any, returns: Any, *rest: Any) -> dict[str, float]:
             model.lora.save(policy, self.directory / str(len(self.given)))
             self.given.append({"batch": batch, "old": old, "advantages": advantages, "old_values": old_values, "returns": returns})
-            return update(model, policy, value, batch, old, advantages, old_values, returns, *rest)
+            return update(model, policy, value, mixed, batch, old, advantages, old_values, returns, *rest)
 
         monkeypatch.setattr(rollout, "sample", watched_sample)
         monkeypatch.setattr(ppo, "learn", watched_update)
@@ -156,8 +156,20 @@ def scores_by_hand(config: PPOConfig, unit: Trajectories, batch: Trajectories) -
     members = (raw - base.mean(0)) / np.sqrt(within)
     fair = members.mean(1) - config.uncertainty * members.std(1, ddof=1)
     cut = [reason == "length" for reason in batch.finish_reasons]
-    faulty = [broken(text, reason) for text, reason in zip(batch.texts, batch.finish_reasons, strict=True)]
-    return list(fair - config.missing_eos_penalty * np.array(cut) - config.broken_penalty * np.array(faulty))
+    return list(fair - config.missing_eos_penalty * np.array(cut))
+
+
+def faults_by_hand(config: PPOConfig, tokenizer: ChatTokenizer, batch: Trajectories) -> tuple[list[list[float]], list[list[float]]]:
+    """What faults cost, as rewards (at a fault's last token) and as advantages (on its tokens, and fading before them)."""
+    rewards, advantages = [], []
+    for completion, text, reason in zip(batch.completions, batch.texts, batch.finish_reasons, strict=True):
+        last = len(completion) - 1
+        said = [len(tokenizer.decode(list(completion[: k + 1]))) for k in range(len(completion))]
+        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text, reason)]
+        rewards.append([-config.broken_penalty if any(t == b for _, b in spans) else 0.0 for t in range(last + 1)])
+        share = [max([1.0 if a <= t <= b else config.fault_decay ** (a - t) if t < a else 0.0 for a, b in spans] + [0.0]) for t in range(last + 1)]
+        advantages.append([-config.broken_penalty * x for x in share])
+    return rewards, advantages
 
 
 def white(rows: list[list[float]], keep_mean: bool = False) -> list[list[float]]:
@@ -207,14 +219,16 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         assert result.history[update]["kl"] == pytest.approx(mean_kl, abs=2e-3) and abs(mean_kl) > 0.05
         assert result.history[update]["kl_coef"] == pytest.approx(beta, rel=1e-4)
         scores = scores_by_hand(config, unit, batch)
-        assert result.history[update]["reward"] == pytest.approx(float(np.mean(scores)), abs=1e-4)
+        costs, local = faults_by_hand(config, tokenizer, batch)
+        assert any(any(row) for row in costs), "else faults are not tested"
+        assert result.history[update]["reward"] == pytest.approx(float(np.mean([a + sum(b) for a, b in zip(scores, costs, strict=True)])), abs=1e-4)
         if estimator == "rloo":
             n = config.replies_per_prompt
             better = [scores[i] - (sum(scores[i - i % n : i - i % n + n]) - scores[i]) / (n - 1) for i in range(len(scores))]
-            advantages = [[a - beta * k for k in row] for a, row in zip(better, kl, strict=True)]
+            advantages = [[a + f - beta * k for k, f in zip(*rows, strict=True)] for a, *rows in zip(better, kl, local, strict=True)]
             assert given["returns"] is given["old_values"] is None
         else:
-            rewards = [[-beta * k for k in row] for row in kl]
+            rewards = [[c - beta * k for k, c in zip(*rows, strict=True)] for rows in zip(kl, costs, strict=True)]
             for row, score in zip(rewards, scores, strict=True):
                 row[-1] += score  # the last token of the reply itself, whatever the longest reply's length is
             rewards = white(rewards, keep_mean=True) if whitened else rewards
@@ -262,7 +276,7 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
     config = replace(CONFIG, clip=0.2, value_clip=0.2, max_grad_norm=1e9, chunk_tokens=60)
     optimizer = torch.optim.SGD([*trained.values()], lr=1.0)
     policy = list(model.lora.parameters("p").values())
-    figures = learn(model, "p", value, batch, old, advantages, old_values, returns, optimizer, policy, config, random.Random(0))
+    figures = learn(model, "p", value, None, batch, old, advantages, old_values, returns, optimizer, policy, config, random.Random(0))
     for (name, p), gradient in zip(trained.items(), expected, strict=True):
         torch.testing.assert_close(before[name] - p.detach(), torch.zeros_like(p) if gradient is None else gradient, rtol=1e-3, atol=1e-4)
     assert figures["policy_loss"] + figures["value_loss"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)

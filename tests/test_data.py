@@ -15,7 +15,7 @@ from learner.data import RankedExample, data_digest, deal, examples_from_votes, 
 class Letters:
     """A tokenizer whose ids are character codes; it refuses a conversation that does not start with the user."""
 
-    eos_ids = (0,)
+    end_id = 0
 
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
         if messages[0]["role"] == "assistant":
