@@ -66,7 +66,6 @@ class PPOConfig:
     lora_alpha: int = 32
     lr: float = 2e-3
     value_lr: float = 1e-3
-    average: float = 0.0  # decay, an update, of the moving average that a run ends with; 0 = what the last update made
     max_grad_norm: float = 1.0
     clip: float = 0.2  # policy ratio (Schulman et al. 2017, Eq. 7)
     value_clip: float = 0.2
@@ -98,7 +97,6 @@ class PPOConfig:
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")
-        _need(0 <= self.average < 1, "ppo.average must be at least 0 and under 1")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
 
@@ -161,7 +159,7 @@ class LearnerConfig:
     seed: int = 0  # round n uses seed + n
     reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
     held_out_prompts: float = 0.2  # share of people's prompts kept from PPO for the gate
-    practice_prompts: int = 32  # bundled prompts make up this many to practise on where people's own are fewer
+    practice_prompts: int = 192  # bundled prompts make up this many to practise on where people's own are fewer
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
     heartbeat_s: float = 2.0

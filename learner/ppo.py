@@ -212,7 +212,7 @@ def train_ppo(
     controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
 
     history: list[dict[str, Any]] = []
-    kept, average = Kept(model, policy), Average(model, policy, config.average)
+    kept = Kept(model, policy)
     judged = Judged(config.patience, config.part)
     last = min(config.updates, config.max_updates or config.updates)
     stopped, backed_off = f"all {last} updates done", 0
@@ -220,8 +220,6 @@ def train_ppo(
         for update in range(last + 1):  # the last turn only measures what the last update made
             lap = time.monotonic()
             final = update == last or lap - began > config.max_seconds
-            if final:
-                average.restore()
 
             # 2. Rollouts: the policy's own replies, by the engine.
             batch = sample(policy, update + 1)
@@ -266,7 +264,6 @@ def train_ppo(
                 peak = [top / 2 for top in peak]
                 controller.beta *= 2
                 optimizer.state.clear()  # its momentum points over the ceiling
-                average = Average(model, policy, config.average)
                 continue
             parted = "judges" in row and judged.parted(row["judges"])
             if parted:
@@ -312,8 +309,7 @@ def train_ppo(
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
 
-            # 8. The average, the KL controller, and the log.
-            average.add()
+            # 8. The KL controller, and the log.
             controller.update(kl_reply, len(batch))
             row |= {"seconds": time.monotonic() - lap, "tokens_per_second": float(batch.lengths.sum()) / (time.monotonic() - lap)}
             history.append(row)
@@ -446,29 +442,6 @@ class Kept:
         """Put the copy back."""
         for name, p in self.parameters.items():
             p.copy_(self.values[name])
-
-
-class Average:
-    """The policy's exponential moving average over updates: the noise of single updates cancels, what they agree on stays,
-    so that more reward comes for the same KL (Rame et al. 2024, WARP, section 3.1). It is what a run ends with."""
-
-    def __init__(self, model: CausalModel, policy: str, decay: float) -> None:
-        self.parameters, self.decay, self.weight = list(model.lora.parameters(policy).values()), decay, 0.0
-        self.sums = [torch.zeros_like(p) for p in self.parameters]
-
-    @torch.no_grad()
-    def add(self) -> None:
-        """Take in the policy as it is."""
-        self.weight = self.decay * self.weight + 1.0
-        for total, p in zip(self.sums, self.parameters, strict=True):
-            total.mul_(self.decay).add_(p)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the average into the policy; nothing changes where there is none yet."""
-        for total, p in zip(self.sums, self.parameters, strict=True):
-            if self.weight:
-                p.copy_(total / self.weight)
 
 
 class Judged:
