@@ -53,7 +53,6 @@ class PPOConfig:
     """The policy update. `learner/ppo.py` reads it."""
 
     estimator: str = "rloo"  # advantages: "gae", or "rloo" (leave-one-out baseline): more reward a second, see docs/decisions.md
-    begin: str = "live"  # where a round's policy begins: at the live version, or at the "reference" again
     updates: int = 16  # rollout batches
     max_updates: int = 0  # end after this many, with the learning rates of `updates` (replays); 0 = no such limit
     prompts_per_update: int = 12
@@ -92,7 +91,6 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _need(self.estimator in ("gae", "rloo", "reinforce"), "ppo.estimator must be gae, rloo or reinforce")
-        _need(self.begin in ("live", "reference"), "ppo.begin must be live or reference")
         _need(self.updates >= 1 and self.epochs >= 1, "ppo.updates and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")

@@ -172,8 +172,8 @@ class Learner:
                         curves.add_scalar(f"ppo/{name}", value, int(row["update"]))
 
             result = train_ppo(
-                self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=config.ppo,
-                start=start if config.ppo.begin == "live" else reference, reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
+                self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=config.ppo, start=start,
+                reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
                 demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats],
             )  # fmt: skip
             lap.mark("ppo_s")
