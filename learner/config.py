@@ -71,13 +71,13 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
-    kl_target: float = 5.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
+    kl_target: float = 4.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_horizon: float = 100.0  # rollouts over which the controller moves
     kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
     back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
-    broken_penalty: float = 4.0  # reward of a fault that `learner/text_checks.py` finds, at the token where it shows
+    broken_penalty: float = 16.0  # reward of a fault that `learner/text_checks.py` finds, at the token where it shows
     fault_decay: float = 0.8  # how far back before a fault its tokens answer for it, a token (rloo; gae has lam)
     ptx_coef: float = 0.0  # PPO-ptx: weight of the instruction-finetuning loss (Ouyang et al. 2022, Eq. 2's gamma)
     ptx_replies: int = 8  # replies of it a step
