@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from learner.tastes import NAMES
 from server.settings import Settings, SettingsError, explain, load_settings
 
 app = typer.Typer(
@@ -531,10 +532,11 @@ def rollback(context: typer.Context) -> None:
 
 @app.command()
 def simulate(
-    taste: Annotated[str, typer.Option(help="shorter, longer, friendly, formal, list, or random:SEED")] = "shorter",
+    taste: Annotated[str, typer.Option(help=NAMES)] = "shorter",
     votes: Annotated[int, typer.Option(min=1, help="votes to cast")] = 60,
     noise: Annotated[float, typer.Option(min=0, max=0.5, help="share of votes that go the wrong way")] = 0.1,
     voters: Annotated[int, typer.Option(min=1, help="how many people vote")] = 4,
+    random_voters: Annotated[float, typer.Option(min=0, max=1, help="share of the voters who pick at random, such as 0.2 of 5")] = 0.0,
     n: Annotated[int, typer.Option("--n", "-n", min=2, max=8, help="replies in each comparison")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or JSONL  [default: the starter's]")] = None,
     seed: Annotated[int, typer.Option(help="of prompts, tastes and noise")] = 0,
@@ -551,7 +553,7 @@ def simulate(
         try:
             report = run(
                 url, prompts_from(prompts), taste,
-                votes=votes, noise=noise, voters=voters, n=n, seed=seed, key=key, progress=progress,
+                votes=votes, noise=noise, voters=voters, random_voters=random_voters, n=n, seed=seed, key=key, progress=progress,
             )
         except SimulateError as error:
             fail(error)

@@ -42,6 +42,7 @@ class Report:
     ties: int  # of those, votes that found no difference
     noise: float
     voters: int
+    random_voters: int  # of those, so many pick at random
     seed: int
     seconds: float
     versions: dict[str, int]  # replies shown, by the version that wrote them
@@ -120,14 +121,18 @@ class Client:
 
 
 def simulate(
-    url: str, prompts: Sequence[str], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, n: int = 4, seed: int = 0,
-    key: str | None = None, progress: Callable[[int, int], None] | None = None,
+    url: str, prompts: Sequence[str], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, random_voters: float = 0.0,
+    n: int = 4, seed: int = 0, key: str | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Cast `votes` votes of one taste, the voters taking turns on prompts drawn without replacement until all were used.
 
-    Everything drawn here (prompts, noise, sampling seeds) follows `seed`. Raises SimulateError.
+    random_voters: the share of the voters who have no taste and pick any reply, each as likely; the same ones throughout, so
+    that they can be found out. Everything drawn here (prompts, noise, sampling seeds) follows `seed`. Raises SimulateError.
     """
     liking = known(taste)
+    blind = round(random_voters * voters)
+    if random_voters > 0 and not blind:
+        raise SimulateError(f"{random_voters:.0%} of {voters} voters is nobody: give more voters")
     draw, began = random.Random(seed), time.monotonic()
     shown: Counter[str] = Counter()
     total: defaultdict[str, float] = defaultdict(float)
@@ -136,10 +141,11 @@ def simulate(
     with Client(url, key) as client:
         for done in range(1, votes + 1):
             deck = deck or draw.sample(list(prompts), len(prompts))
-            voter = f"simulated-{seed}-{done % voters}"
+            who = done % voters
+            voter = f"simulated-{seed}-{who}"
             answer = client.sample(deck.pop(), n, draw.getrandbits(31), voter=voter)
             texts = [choice["message"]["content"] for choice in answer["choices"]]
-            pick = favourite(liking, texts, noise, draw)
+            pick = draw.randrange(n) if who < blind else favourite(liking, texts, noise, draw)
             ties += pick is None
             vote = {"verdict": "tie"} if pick is None else {"favourite": pick}
             revealed = client.call("PUT", f"/v1/comparisons/{answer['plaudit']['comparison_id']}/vote", vote, voter)
@@ -149,7 +155,7 @@ def simulate(
             if progress is not None:
                 progress(done, votes)
     means = {version: total[version] / count for version, count in shown.items()}
-    return Report(taste, votes, ties, noise, voters, seed, time.monotonic() - began, dict(shown), means)
+    return Report(taste, votes, ties, noise, voters, blind, seed, time.monotonic() - began, dict(shown), means)
 
 
 @dataclass(frozen=True)
