@@ -298,8 +298,8 @@ def evaluate(
         from learner import evaluate as asking
         from learner.formats import read_instructions
         from learner.mmlu import read_mmlu
+        from learner.prompts import prompts_from
         from learner.reward_eval import evaluate_reward, learned_prompts, load_reward, saved_round
-        from learner.simulate import prompts_from
         from learner.versions import load_version, named_version, open_model
         from store import AdapterRegistry, RoundFiles, read_preferences
 
@@ -546,7 +546,8 @@ def simulate(
     """Voters with a known taste chat with a running server and pick their favourites. Prints JSON last."""
     import dataclasses
 
-    from learner.simulate import SimulateError, prompts_from
+    from learner.prompts import PromptsError, prompts_from
+    from learner.simulate import SimulateError
     from learner.simulate import simulate as run
 
     with plain_errors(), progress_bar(f"{taste}: votes") as progress:
@@ -555,7 +556,7 @@ def simulate(
                 url, prompts_from(prompts), taste,
                 votes=votes, noise=noise, voters=voters, random_voters=random_voters, n=n, seed=seed, key=key, progress=progress,
             )
-        except SimulateError as error:
+        except (SimulateError, PromptsError) as error:
             fail(error)
     print(json.dumps(dataclasses.asdict(report)))
 

@@ -31,9 +31,9 @@ from learner.data import RankedExample, prompt_key
 from learner.finetune import encode, finetune
 from learner.gate import mean_interval, reply_kl, win_shares
 from learner.ppo import PPOError, train_ppo
+from learner.prompts import POOL, prompts_from
 from learner.reward import RewardModel
-from learner.round import POOL, train_reward
-from learner.simulate import prompts_from
+from learner.round import train_reward
 from learner.tastes import favourite, taste_named
 from learner.text_checks import SENTENCE
 from store.adapters import AdapterRegistry
@@ -57,7 +57,7 @@ class Workshop:
         self.work, self.seed = work, seed
         self._shown: dict[int, list[tuple[str, list[Any]]]] = {}
         self.config = replace(config, ppo=replace(config.ppo, max_seconds=3600.0))  # a busy machine makes the same candidates
-        pool = sorted({line.strip() for line in POOL.read_text("utf-8").splitlines() if line.strip()})
+        pool = sorted({line.strip() for line in POOL.read_text("utf-8").split("\n") if line.strip()})
         random.Random(f"gate/{seed}").shuffle(pool)
         self.asked = [self.render(p) for p in pool[: config.gate.prompts]]  # by the gate; nobody practises on them
         self.practice = [self.render(p) for p in pool[config.gate.prompts :]]

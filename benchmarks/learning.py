@@ -34,7 +34,8 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.gate import reply_kl
-from learner.simulate import Client, prompts_from, simulate, standing
+from learner.prompts import prompts_from
+from learner.simulate import Client, simulate, standing
 from learner.text_checks import broken_rate
 from server.settings import STARTER
 from store.adapters import AdapterRegistry

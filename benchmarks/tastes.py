@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from engine.engine import BASE, Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
-from learner.simulate import prompts_from
+from learner.prompts import prompts_from
 from learner.tastes import HARD, SIMPLE, taste_named, win_rate, words
 from server.settings import STARTER
 

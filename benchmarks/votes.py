@@ -31,16 +31,15 @@ from engine.sequence import Sequence as Reply
 from learner import rollout
 from learner.config import LearnerConfig
 from learner.gate import load_probes, probe_answers, reply_kl
+from learner.prompts import prompts_from
 from learner.round import Learner
-from learner.simulate import prompts_from
-from learner.tastes import Taste, favourite, taste_named, win_rate
+from learner.tastes import HARD, SIMPLE, Taste, favourite, taste_named, win_rate
 from learner.text_checks import broken_rate
 from server.settings import STARTER
 from store.adapters import AdapterRegistry
 from store.records import Comparison, Completion, Vote, VotedComparison
 from store.rounds import RoundFiles
 
-TASTES = ("shorter", "friendly", "formal", "list")
 JUDGED = "judged"  # the adapter under which a version is judged
 SAMPLES, BEST_OF, MAX_TOKENS = 4, 8, 256
 TARGETS = {"share_at_60": 0.9, "share_at_150": 1.0, "worst_at_150": 0.85, "kl": 6.0, "broken_rise": 0.01, "probe_fall": 0.02, "round_s": 120.0}
@@ -209,7 +208,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tastes", nargs="+", default=list(TASTES))
+    parser.add_argument("--tastes", nargs="+", default=[*SIMPLE, *HARD])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--votes", nargs="+", type=int, default=[30, 60, 100, 150], help="numbers of votes at which a round is run")
     parser.add_argument("--noise", type=float, default=0.1, help="share of votes for any other reply than the favourite")

@@ -157,7 +157,8 @@ class LearnerConfig:
     seed: int = 0  # round n uses seed + n
     reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
     held_out_prompts: float = 0.2  # share of people's prompts kept from PPO for the gate
-    practice_prompts: int = 192  # bundled prompts make up this many to practise on where people's own are fewer
+    practice_prompts: int = 192  # prompts of the pool make up this many to practise on where people's own are fewer
+    pool: str = ""  # a file of prompts (a line each, or JSONL) to practise on and be judged on; "" = the bundled ones
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
     heartbeat_s: float = 2.0

@@ -8,6 +8,7 @@ round runs (`worker.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import tempfile
@@ -39,6 +40,7 @@ from learner.data import (
 from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
+from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
 from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
 from learner.sft import SFTError
@@ -50,7 +52,6 @@ from store.rounds import RoundFiles
 
 log = structlog.get_logger("plaudit.learner")
 POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
-POOL = Path(__file__).parent / "starter" / "prompts_pool.txt"  # a prompt a line
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
@@ -120,7 +121,7 @@ class Learner:
             record["state"] = "rejected" if record["gate"]["verdict"] == "rejected" else "published"
         except RoundStopped as stop:
             record["state"], record["reason"] = stop.state, str(stop)
-        except (RewardDiverged, SFTError, PPOError, GateError, AdapterError, CorruptAdapter, NotFound) as error:
+        except (RewardDiverged, SFTError, PPOError, GateError, PromptsError, AdapterError, CorruptAdapter, NotFound) as error:
             record["reason"] = first_line(error)
         except Exception as error:  # a learner failure is a record, and never an endless restart
             traceback.print_exc()
@@ -147,6 +148,7 @@ class Learner:
             examples = newest(examples_from_votes(voted, self.tokenizer), config.reward.max_examples)
             record["data_digest"] = data_digest(examples)
             prompts = choose_prompts(voted, self.tokenizer, config, seed)
+            record["prompts_digest"] = hashlib.sha256(json.dumps([prompts.practice, prompts.held_out]).encode()).hexdigest()
 
             # 2. Where the policy starts, and what it may not drift from.
             start = self.load_version(record["parent"], START)
@@ -285,7 +287,8 @@ def train_reward(
 
 
 def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerConfig, seed: int) -> Prompts:
-    """People's own prompts, a share of them held out for the gate; bundled ones make up the numbers on both sides.
+    """People's own prompts, a share of them held out for the gate; the operator's pool, or else the bundled one, makes up
+    the numbers on both sides. Raises PromptsError.
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
     versions apart by; the bundled ones are plain things to say to an assistant.
@@ -304,7 +307,8 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     rng.shuffle(keys)
     held = round(config.held_out_prompts * len(keys))
     practice, held_out = [own[k] for k in keys[held:]], [own[k] for k in keys[:held]]
-    pool = [tuple(tokenizer.render([{"role": "user", "content": line}])) for line in POOL.read_text("utf-8").splitlines() if line.strip()]
+    lines = prompts_from(Path(config.pool) if config.pool else POOL)
+    pool = [tuple(tokenizer.render([{"role": "user", "content": line}])) for line in lines]
     pool = sorted(set(pool) - set(own.values()))
     rng.shuffle(pool)
     while len(practice) < config.practice_prompts and pool:
@@ -379,8 +383,9 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
         except RoundStopped as stop:
             state = stop.state
     published = registry.manifest(old["version"]).files["adapter_model.safetensors"] if old["version"] else None
-    same = record["data_digest"] == old["data_digest"] and digest == published and state in (None, old["state"])
-    return {"round": n, "same": same, "data_digest": record["data_digest"], "adapter_sha256": digest, "published_sha256": published}
+    prompts = old.get("prompts_digest") in (None, record.get("prompts_digest"))
+    same = record["data_digest"] == old["data_digest"] and prompts and digest == published and state in (None, old["state"])
+    return {"round": n, "same": same, "same_prompts": prompts, "data_digest": record["data_digest"], "adapter_sha256": digest, "published_sha256": published}
 
 
 def finite(value: Any) -> Any:

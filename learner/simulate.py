@@ -6,14 +6,11 @@ server learns.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -21,7 +18,6 @@ import stamina
 
 from learner.tastes import Taste, UnknownTaste, favourite, taste_named, win_rate
 
-HERE = Path(__file__).parent / "starter"
 RETRIES = 12
 
 
@@ -47,23 +43,6 @@ class Report:
     seconds: float
     versions: dict[str, int]  # replies shown, by the version that wrote them
     mean_taste: dict[str, float]  # of those replies
-
-
-def prompts_from(path: Path | None = None, *, held_out: bool = False) -> list[str]:
-    """Prompts from a text file (one a line), JSONL or JSONL.gz (`prompt`: string or conversation); default the starter's."""
-    path = path or HERE / ("prompts_heldout.txt" if held_out else "prompts_train.txt")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-        if ".jsonl" in path.name:
-            lines = [p if isinstance(p, str) else p[-1]["content"] for p in (json.loads(line)["prompt"] for line in lines)]
-    except FileNotFoundError:
-        raise SimulateError(f"there is no file {path}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise SimulateError(f"{path.name} is not a prompt a line, nor JSONL with a prompt ({type(error).__name__})") from None
-    if not lines:
-        raise SimulateError(f"{path} has no prompts")
-    return lines
 
 
 class Client:

@@ -18,6 +18,7 @@ from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
 from learner.data import examples_from_votes
 from learner.ppo import PPOError
+from learner.prompts import PromptsError
 from learner.round import Learner, choose_prompts, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
 from store.records import Completion, NewComparison
@@ -287,6 +288,19 @@ def test_practice_and_gate_prompts_are_different_and_come_from_people_first(publ
     assert choose_prompts(voted, tokenizer, QUICK, 3) == prompts != choose_prompts(voted, tokenizer, QUICK, 4)
     few = choose_prompts(voted[:2], tokenizer, QUICK, 3)
     assert len(few.practice) == QUICK.practice_prompts and len(few.held_out) == LOOSE.prompts
+
+
+def test_an_operators_pool_takes_the_place_of_the_bundled_prompts(published: tuple, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    with Store.open(published[0], read_only=True) as store:
+        voted = store.voted_comparisons()
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(400)))
+    config = replace(QUICK, pool=str(tmp_path / "pool.jsonl"))
+    prompts = choose_prompts(voted[:2], tokenizer, config, 3)
+    mine = {tuple(tokenizer.render([{"role": "user", "content": f"Question {i}?"}])) for i in range(400)}
+    own = {tuple(tokenizer.render(list(item.comparison.messages))) for item in voted[:2]}
+    assert set(prompts.practice) | set(prompts.held_out) <= mine | own
+    with pytest.raises(PromptsError, match="no file"):
+        choose_prompts(voted, tokenizer, replace(QUICK, pool=str(tmp_path / "none.txt")), 3)
 
 
 def test_a_round_cut_short_is_abandoned_and_one_that_had_published_is_not(tmp_path: Path, published: tuple) -> None:

@@ -18,7 +18,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from scipy.stats import binomtest
 
-from learner.simulate import Client, SimulateError, prompts_from, simulate, standing
+from learner.prompts import PromptsError, prompts_from
+from learner.simulate import Client, SimulateError, simulate, standing
 
 TEXTS = {"plaudit@base": ["one two three four five six", "one two three four", "one two three", "one two three four five"],
          "plaudit": ["one", "one two three four five", "one two", "one"]}
@@ -115,12 +116,12 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
 
 
 def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SimulateError, match="there are shorter"):
+    with pytest.raises(PromptsError, match="there are shorter"):
         simulate("http://127.0.0.1:9", ["a"], "nicer")
-    with pytest.raises(SimulateError, match="no file"):
+    with pytest.raises(PromptsError, match="no file"):
         prompts_from(tmp_path / "none.txt")
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(SimulateError, match=r"bad\.jsonl"):
+    with pytest.raises(PromptsError, match=r"bad\.jsonl"):
         prompts_from(tmp_path / "bad.jsonl")
 
 
