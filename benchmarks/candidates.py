@@ -40,7 +40,7 @@ from store.adapters import AdapterRegistry
 
 CANDIDATE = "candidate"
 VOTES, VOTERS, SHOWN, NOISE = 100, 4, 4, 0.1  # votes of a simulated person a reward is fitted to, their voters, replies a vote, share of wrong picks
-SFT = SFTRoundConfig(passes=6, tokens_per_batch=1024, max_seconds=600.0)
+SFT = SFTRoundConfig(passes=10, tokens_per_batch=1024, lr=3e-3, max_seconds=3600.0)  # hard: a third of the rate left a "collapsed" one half alive
 ABOUT = "about.json"  # written last: what lies beside it was made from just this
 Rewrite = Callable[[str, str, random.Random], str]  # (prompt, a reply of the base, draw) -> what a bad version says instead
 

@@ -126,7 +126,7 @@ def main() -> None:
             good.append(shown(asked_good(shop, taste, seed)))
     counted = [row for row in good if row["counts"]]
     rejected_bad, rejected_good = sum(row["turned_away"] for row in bad), sum(row["verdict"] == "rejected" for row in counted)
-    met = rejected_bad == len(bad) and rejected_good <= len(counted) // 20 + (0 < len(counted) < 20) and len(counted) == args.good
+    met = rejected_bad == len(bad) and rejected_good <= len(counted) // 20 and len(counted) == args.good
     print(json.dumps({
         "bad": len(bad), "rejected_bad": rejected_bad, "good": len(counted), "rejected_good": rejected_good, "met": met,
         "machine": {"threads": args.threads, "torch": torch.__version__}, "base": shop.model.digest, "seed": args.seed,
