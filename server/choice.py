@@ -39,6 +39,24 @@ def information(scores: Tensor) -> Tensor:
     return (-torch.xlogy(mean, mean) - torch.xlogy(1 - mean, 1 - mean) - each).clamp(min=0)
 
 
+def prediction(scores: Tensor) -> Tensor:
+    """Mutual information between a pair's vote and the vote on a random pair, nats. scores: (m, members) -> (m, m).
+
+    EPIG (Bickford Smith et al. 2023, Eq. 7): what a vote tells of the preferences the model will be asked for, not of
+    its parameters, so that odd pairs, like a very long reply beside an empty one, do not win by being odd. The random
+    pairs are those of the candidates themselves, which are the policy's own draws.
+    """
+    first, second = torch.triu_indices(len(scores), len(scores), 1)
+    p = (scores[first] - scores[second]).sigmoid()  # (P, members)
+    sides = torch.stack([p, 1 - p])  # (2, P, members): the first wins, the second does
+    joint = torch.einsum("apk,bqk->abpq", sides, sides) / p.shape[1]  # (2, 2, P, P)
+    apart = sides.mean(-1)[:, None, :, None] * sides.mean(-1)[None, :, None, :]
+    told = (torch.xlogy(joint, joint) - torch.xlogy(joint, apart)).sum((0, 1)).mean(1).clamp(min=0)  # (P,)
+    value = torch.zeros(len(scores), len(scores), dtype=scores.dtype)
+    value[first, second] = value[second, first] = told
+    return value
+
+
 def contrast(scores: Tensor) -> Tensor:
     """How far the members' mean holds each pair apart, logits. scores: (m, members) -> (m, m).
 
@@ -48,7 +66,7 @@ def contrast(scores: Tensor) -> Tensor:
     return (mean[:, None] - mean[None]).abs()
 
 
-POLICIES: dict[str, Value] = {"disagreement": disagreement, "information": information, "contrast": contrast}
+POLICIES: dict[str, Value] = {"disagreement": disagreement, "information": information, "prediction": prediction, "contrast": contrast}
 
 
 def choose(scores: Tensor, n: int, policy: str, seed: int) -> tuple[int, ...]:

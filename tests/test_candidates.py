@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.config import LearnerConfig, RewardConfig
 from learner.reward import RewardModel
-from server.candidates import POLICY
+from server.candidates import POLICY, Candidates
 from server.choice import choose
 from server.heads import Reading, Unusable, newest_heads
 from store.adapters import AdapterRegistry
@@ -199,3 +200,19 @@ def test_a_reward_model_that_cannot_score_here_is_not_used(tmp_path: Path, model
     about.write_text(about.read_text().replace("true", "false"))
     with pytest.raises(Unusable, match="cannot be read"):
         newest_heads(files, model.digest)
+
+
+def test_a_stretch_takes_half_a_decode_step_while_others_are_answered() -> None:
+    asked: list[int] = []
+
+    def advance(count: int) -> int:
+        asked.append(count)
+        return count
+
+    bridge = SimpleNamespace(step_s=0.02)
+    candidates = Candidates(None, None, None, bridge, None)  # type: ignore[arg-type]
+    for busy, token_s in ((True, 0.001), (True, 1.0), (True, 1e-9), (False, 1.0)):
+        candidates._token_s = token_s
+        candidates._advance(SimpleNamespace(advance=advance), SimpleNamespace(has_work=lambda b=busy: b))  # type: ignore[arg-type]
+    assert asked == [10, 1, 256, 256]  # at least one token, at most 256; and those when nobody waits
+    assert candidates._token_s < 0.1  # measured anew

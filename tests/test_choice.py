@@ -12,7 +12,7 @@ import torch
 from scipy.stats import entropy
 
 from benchmarks.active_choice import ratio, votes_for
-from server.choice import POLICIES, choose, contrast, disagreement, information
+from server.choice import POLICIES, choose, contrast, disagreement, information, prediction
 
 SCORES = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
 
@@ -36,6 +36,19 @@ def test_information_is_at_most_one_bit_where_members_are_certain_and_opposed_an
     assert information(opposed)[0, 1].item() == pytest.approx(math.log(2))
     agreed = torch.tensor([[3.0, 3.0], [-1.0, -1.0]], dtype=torch.float64)
     assert information(agreed)[0, 1].item() == pytest.approx(0, abs=1e-12) and disagreement(agreed)[0, 1].item() == 0
+
+
+def test_prediction_is_the_mean_information_about_the_other_pairs_votes() -> None:
+    pairs = list(combinations(range(6), 2))
+    p = {(i, j): 1 / (1 + np.exp((SCORES[j] - SCORES[i]).numpy())) for i, j in pairs}
+
+    def mutual(a: np.ndarray, b: np.ndarray) -> float:
+        joint = [np.mean(x * y) for x in (a, 1 - a) for y in (b, 1 - b)]
+        return entropy([a.mean(), 1 - a.mean()]) + entropy([b.mean(), 1 - b.mean()]) - entropy(joint)
+
+    for i, j in pairs:
+        expected = np.mean([mutual(p[i, j], p[other]) for other in pairs])
+        assert prediction(SCORES)[i, j].item() == prediction(SCORES)[j, i].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_contrast_shows_the_best_and_the_worst() -> None:
