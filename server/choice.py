@@ -42,7 +42,7 @@ def information(scores: Tensor) -> Tensor:
 def prediction(scores: Tensor) -> Tensor:
     """Mutual information between a pair's vote and the vote on a random pair, nats. scores: (m, members) -> (m, m).
 
-    EPIG (Bickford Smith et al. 2023, Eq. 7): what a vote tells of the preferences the model will be asked for, not of
+    EPIG (Bickford Smith et al. 2023): what a vote tells of the preferences the model will be asked for, not of
     its parameters, so that odd pairs, like a very long reply beside an empty one, do not win by being odd. The random
     pairs are those of the candidates themselves, which are the policy's own draws.
     """
