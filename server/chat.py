@@ -50,7 +50,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, who: User)
     if body.stream:
         return EventStream(chat.events(first), chat.deadline, chat.close)
     try:
-        return await _unless_gone(request, chat.collect(first))
+        return await _unless_gone(request, chat.collect())
     finally:
         chat.close()
 
@@ -198,7 +198,7 @@ class Chat:
             await self.pieces()
         await self.choose()
 
-    async def collect(self, first: list[Piece]) -> Response:
+    async def collect(self) -> Response:
         """The whole answer at once."""
         await self.wait()
         await self.record()
