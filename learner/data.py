@@ -49,6 +49,7 @@ class RankedExample:
     edit_beats: tuple[int, ...] = ()  # replies that the voter's own, the last completion, is better than; () without one
     accepted: tuple[int, ...] = ()  # the replies picked where "none is good" could have been said instead
     refused: tuple[int, ...] = ()  # all that were shown, where none was good
+    chosen: bool = False  # shown because their vote teaches most: fitted to, but no fair sample to be tested on
 
     @property
     def strict(self) -> list[tuple[int, int]]:
@@ -131,6 +132,7 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
                 edit_beats=() if own is None else groups[0] if groups else shown,
                 accepted=groups[0] if strict and "imported" not in comparison.settings else (),
                 refused=refused,
+                chosen=(comparison.settings.get("choice") or {}).get("drawn") == "active",
             )
         )
     return examples

@@ -254,6 +254,7 @@ def train_reward(
     """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start)."""
     strict = [e for e in examples if e.strict]
     report: dict[str, Any] = {"votes_used": len(examples), "strict": len(strict), "ties": sum(bool(e.tied) for e in examples)}
+    report |= {"chosen": sum(e.chosen for e in examples)}  # votes on replies shown for what they teach: not in the figures below
     report |= {"edits": sum(bool(e.edit_beats) for e in examples), "none_good": sum(bool(e.refused) for e in examples)}
     if len(strict) < config.min_votes:
         more = config.min_votes - len(strict)
@@ -270,8 +271,9 @@ def train_reward(
     groups = [e.groups for e in examples]
     lengths = [[len(c) for c in e.completions_ids] for e in examples]
     length_only = length_baseline(lengths, groups, [(fold.train, fold.test) for fold in split.folds])
-    figures, verdict = reward_report(checked.scores, length_only, groups, clusters, config.min_votes)
-    ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples])
+    by_chance = {i: scores for i, scores in checked.scores.items() if not examples[i].chosen}
+    figures, verdict = reward_report(by_chance, length_only, groups, clusters, config.min_votes)
+    ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples if not e.chosen])
     report |= figures | {
         "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
         "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "ridge": checked.ridge, "members": config.reward.members,

@@ -53,6 +53,12 @@ def test_examples_keep_sampled_ids_and_encode_imported_text_with_an_end() -> Non
     assert got.strict == [(0, 1)] and got.tied == []
 
 
+def test_replies_shown_for_what_they_teach_are_marked() -> None:
+    notes = [None, {"drawn": "random", "because": "share"}, {"drawn": "active", "policy": "information"}]
+    votes = [vote(n, [[0], [1]], settings={"choice": note} if note else {}) for n, note in enumerate(notes)]
+    assert [e.chosen for e in examples_from_votes(votes, Letters())] == [False, False, True]
+
+
 def test_votes_come_oldest_first_and_those_that_state_nothing_are_left_out() -> None:
     votes = [vote(3, [[1], [0]]), vote(2, [], "none"), vote(1, [[0, 1]], "tie"), vote(4, [[0]], "ranking"), vote(5, [[0], [1]], role="assistant")]
     got = examples_from_votes(votes, Letters())

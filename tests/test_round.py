@@ -163,6 +163,19 @@ def test_every_kind_of_vote_reaches_the_reward_model(tmp_path: Path, model: Caus
     reward.delete()
 
 
+def test_votes_on_chosen_replies_are_learned_from_but_not_tested_on(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 32)
+        examples = examples_from_votes(store.voted_comparisons(), tokenizer)
+    half = [replace(e, chosen=n % 2 == 0) for n, e in enumerate(examples)]
+    heads_only = replace(QUICK, reward=replace(QUICK.reward, epochs=0))
+    _, judges, report, _ = train_reward(model, half, heads_only, 0, lambda *_: None)
+    assert (report["votes_used"], report["strict"], report["chosen"], report["comparisons"], report["pairs"]) == (32, 32, 16, 16, 16)
+    fitted_to_all = train_reward(model, examples, heads_only, 0, lambda *_: None)[1]
+    assert judges is not None and fitted_to_all is not None
+    assert all(torch.equal(a.head.weight, b.head.weight) for a, b in zip(judges.members, fitted_to_all.members, strict=True))
+
+
 def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple) -> None:
     directory = published[0] / "rounds" / "000001"
     assert list((directory / "tb").glob("events*"))

@@ -215,7 +215,7 @@ def test_streamed_replies_arrive_whole_and_apart(n: int) -> None:
         assert [p.finish_reason for p in pieces if p.index == index][-1] == "stop"
     assert {p.comparison_id for p in pieces} == {"cmp-1"}
     assert fake.asked == [{"model": "plaudit", "messages": [{"role": "user", "content": "Hi"}], "n": n, "stream": True,
-                           "metadata": {"conversation_id": "conv-9"}}]
+                           "metadata": {"choice": "active", "conversation_id": "conv-9"}}]
     assert fake.headers[0]["plaudit-voter"] == "voter-1"
 
 
