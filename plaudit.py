@@ -88,13 +88,13 @@ def plain_model_errors() -> Iterator[None]:
     from engine.source import ModelError
     from learner.config import ConfigError
     from learner.evaluate import EvaluationError
+    from learner.prompts import PromptsError
     from learner.sft import SFTError
-    from learner.simulate import SimulateError
 
     with plain_errors():
         try:
             yield
-        except (AdapterError, ModelError, ConfigError, EvaluationError, SFTError, SimulateError) as error:
+        except (AdapterError, ModelError, ConfigError, EvaluationError, SFTError, PromptsError) as error:
             fail(str(error).splitlines()[0])
 
 

@@ -116,7 +116,7 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
 
 
 def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PromptsError, match="there are shorter"):
+    with pytest.raises(SimulateError, match="there are shorter"):
         simulate("http://127.0.0.1:9", ["a"], "nicer")
     with pytest.raises(PromptsError, match="no file"):
         prompts_from(tmp_path / "none.txt")
