@@ -30,8 +30,8 @@ from engine.engine import Engine, SamplingParams
 from learner.config import RewardConfig
 from learner.data import RankedExample, split_folds
 from learner.prompts import HERE as STARTER_DATA
+from learner.prompts import prompts_from
 from learner.reward import RewardModel, by_length, features_of, fit_members, weigh
-from learner.simulate import prompts_from
 from learner.tastes import Taste, favourite, taste_named
 from learner.versions import open_model
 from server.choice import POLICIES, choose
