@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=4, help="replies a comparison")
     parser.add_argument("--held-out", type=int, default=100, help="held-out prompts that the taste judges on")
+    parser.add_argument("--samples", type=int, default=16, help="replies of each version to a held-out prompt")
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--serve", default="", help='further flags of `plaudit serve`, such as "--learner-nice 0" on a busy machine')
     parser.add_argument("--keep", type=Path, help="keep the data directories here")
@@ -141,7 +142,7 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.monotonic() - began
         with Client(server.url) as client:
             versions = client.call("GET", "/v1/adapters")
-            judged = standing(client, taste, held_out, samples=4, best_of=8, seed=args.seed)
+            judged = standing(client, taste, held_out, samples=args.samples, best_of=8, seed=args.seed)
         streamed = check_streams(streams, server.data_dir, args.model)
         kl = measured_kl(server.data_dir, args.model, versions["live"], held_out)
     ours, theirs = (broken_rate((text, "stop") for text in texts) for texts in (judged.ours, judged.theirs))

@@ -19,6 +19,7 @@ import stamina
 from learner.tastes import Taste, UnknownTaste, favourite, taste_named, win_rate
 
 RETRIES = 12
+MAX_N = 8  # choices that one call may ask for (the HTTP contract)
 
 
 class SimulateError(Exception):
@@ -95,8 +96,9 @@ class Client:
         return self.call("POST", "/v1/chat/completions", body | ({"max_tokens": max_tokens} if max_tokens else {}), voter)
 
     def texts(self, prompt: str, n: int, seed: int, **options: Any) -> list[str]:
-        """The replies' texts, in order."""
-        return [choice["message"]["content"] for choice in self.sample(prompt, n, seed, **options)["choices"]]
+        """The texts of `n` replies, in order, in as many calls as the server's limit of choices asks for."""
+        calls = [self.sample(prompt, min(MAX_N, n - i), seed + 500_009 * i, **options) for i in range(0, n, MAX_N)]
+        return [choice["message"]["content"] for call in calls for choice in call["choices"]]
 
 
 def simulate(
