@@ -53,7 +53,8 @@ class PPOConfig:
     """The policy update. `learner/ppo.py` reads it."""
 
     estimator: str = "rloo"  # advantages: "gae", or "rloo" (leave-one-out baseline): more reward a second, see docs/decisions.md
-    updates: int = 16  # rollout batches
+    updates: int = 32  # rollout batches at most
+    tokens: int = 40_000  # of replies practised, after which no further update starts: short replies get more updates, for the same work
     max_updates: int = 0  # end after this many, with the learning rates of `updates` (replays); 0 = no such limit
     prompts_per_update: int = 12
     replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
@@ -72,7 +73,7 @@ class PPOConfig:
     lam: float = 0.95
     kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
     kl_target: float = 3.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
-    kl_horizon: float = 100.0  # rollouts over which the controller moves
+    kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
     kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
     back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
@@ -91,7 +92,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _need(self.estimator in ("gae", "rloo", "reinforce"), "ppo.estimator must be gae, rloo or reinforce")
-        _need(self.updates >= 1 and self.epochs >= 1, "ppo.updates and ppo.epochs must be at least 1")
+        _need(self.updates >= 1 and self.tokens >= 1 and self.epochs >= 1, "ppo.updates, ppo.tokens and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")

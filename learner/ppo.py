@@ -215,11 +215,12 @@ def train_ppo(
     kept = Kept(model, policy)
     judged = Judged(config.patience, config.part)
     last = min(config.updates, config.max_updates or config.updates)
-    stopped, backed_off = f"all {last} updates done", 0
+    stopped, backed_off, practised = f"all {last} updates done", 0, 0
     try:
         for update in range(last + 1):  # the last turn only measures what the last update made
             lap = time.monotonic()
-            final = update == last or lap - began > config.max_seconds
+            done = max(update / config.updates, practised / config.tokens)
+            final = update == last or done >= 1 or lap - began > config.max_seconds
 
             # 2. Rollouts: the policy's own replies, by the engine.
             batch = sample(policy, update + 1)
@@ -278,7 +279,8 @@ def train_ppo(
             if final:
                 history.append(row | {"seconds": time.monotonic() - lap})
                 if update < last:
-                    stopped = f"{config.max_seconds:g} s were up after {update} updates"
+                    limit = f"{config.tokens} tokens were practised" if done >= 1 else f"{config.max_seconds:g} s were up"
+                    stopped = f"{limit} after {update} updates"
                 break
 
             # 6. Rewards a token, then advantages.
@@ -303,7 +305,7 @@ def train_ppo(
 
             # 7. A few passes of clipped updates over minibatches.
             for group, top in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = top * max(0.1, 1 - update / config.updates)
+                group["lr"] = top * max(0.1, 1 - done)
             row |= learn(
                 model, policy, value, mixed, batch, old, advantages, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
@@ -311,12 +313,13 @@ def train_ppo(
 
             # 8. The KL controller, and the log.
             controller.update(kl_reply, len(batch))
+            practised += int(batch.lengths.sum())
             row |= {"seconds": time.monotonic() - lap, "tokens_per_second": float(batch.lengths.sum()) / (time.monotonic() - lap)}
             history.append(row)
             if on_update is not None:
                 on_update(row)
             if progress is not None:
-                progress((update + 1) / (last + 1), f"update {update + 1} of {last}, KL {kl_reply:.1f} nats")
+                progress(max((update + 1) / (last + 1), min(1.0, practised / config.tokens)), f"update {update + 1} of at most {last}, KL {kl_reply:.1f} nats")
     finally:
         kept.restore()
         if value is not None:

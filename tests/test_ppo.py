@@ -23,6 +23,7 @@ from learner.ppo import (
     KLController,
     Mixed,
     PPOError,
+    PPOResult,
     Scorer,
     Value,
     fault_advantages,
@@ -250,6 +251,17 @@ def test_without_demonstrations_the_references_sound_replies_are_mixed_in(model:
 def test_time_ends_a_run_between_updates(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=replace(SMALL, max_seconds=1e-6))
     assert result.kept_update == 0 and "were up" in result.stopped
+
+
+def test_a_budget_of_practised_tokens_ends_a_run(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    def run(tokens: int) -> PPOResult:
+        return train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy=f"p{tokens}", config=replace(SMALL, updates=3, tokens=tokens))
+
+    free = run(10**6)
+    assert len(free.history) == 4 and free.stopped == "all 3 updates done"
+    first = round(free.history[0]["length"] * SMALL.prompts_per_update * SMALL.replies_per_prompt)
+    assert run(first).stopped == f"{first} tokens were practised after 1 updates"
+    assert run(first + 1).stopped == f"{first + 1} tokens were practised after 2 updates"
 
 
 def test_prompts_that_leave_no_room_are_told(model: CausalModel, tokenizer: ChatTokenizer) -> None:
