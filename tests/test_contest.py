@@ -1,0 +1,89 @@
+"""Contestants of the benchmarks: finding the peers' interpreter, taking turns, what is reported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.contest import Contestant, ContestError, peer_python, round_robin
+from benchmarks.ppo_update import summary
+
+CHILD = """
+import sys
+from benchmarks.contest import Finished, Turns
+turns = Turns()
+held = bytearray(b"x") * int(sys.argv[1])
+print("a library that prints")
+try:
+    while True:
+        asked = turns.wait()
+        if asked.get("die"):
+            raise SystemExit("no more")
+        turns.say(got=asked, size=len(held))
+except Finished:
+    pass
+"""
+
+
+def contestant(tmp_path: Path, name: str = "child", held: int = 0) -> Contestant:
+    return Contestant(name, [sys.executable, "-c", CHILD, str(held)], tmp_path / f"{name}.log", threads=1)
+
+
+def test_the_interpreter_named_by_the_environment_comes_before_the_built_one(tmp_path: Path) -> None:
+    for name in ("named", "built"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").symlink_to(sys.executable)
+    named, built = (tmp_path / name / "bin" / "python" for name in ("named", "built"))
+    assert peer_python({}, built) == built
+    assert peer_python({"PLAUDIT_PEERS": str(named)}, built) == named
+    assert peer_python({"PLAUDIT_PEERS": str(tmp_path / "named")}, built) == named
+
+
+def test_an_absent_interpreter_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ContestError, match="make peers"):
+        peer_python({}, tmp_path / "nowhere")
+    with pytest.raises(ContestError, match=r"PLAUDIT_PEERS.*peers\.txt"):
+        peer_python({"PLAUDIT_PEERS": str(tmp_path)}, tmp_path / "nowhere")
+
+
+def test_a_turn_carries_the_request_there_and_the_answer_back(tmp_path: Path) -> None:
+    with contestant(tmp_path) as child:
+        answer = child.turn(fold=3)
+        assert answer["got"] == {"fold": 3}
+        assert 0 <= answer["seconds"] < 5
+    assert child.child.returncode == 0
+    assert "a library that prints" in (tmp_path / "child.log").read_text()
+
+
+def test_contestants_take_turns_and_the_first_turn_is_not_counted(tmp_path: Path) -> None:
+    order: list[tuple[int, str]] = []
+    with contestant(tmp_path, "a") as a, contestant(tmp_path, "b") as b:
+        round_robin([a, b], 3, lambda number, who, _: order.append((number, who.name)))
+    assert order == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    for answer, seconds in zip(a.answers, (100.0, 1.0, 3.0), strict=True):
+        answer["seconds"] = seconds
+    assert a.median_s() == 2.0
+
+
+def test_each_contestant_answers_for_its_own_memory_only(tmp_path: Path) -> None:
+    mine = bytearray(b"x") * 300_000_000  # what the parent holds is not the child's
+    with contestant(tmp_path, "small") as small, contestant(tmp_path, "large", 100_000_000) as large:
+        small.turn(), large.turn()
+    assert 90_000_000 < large.peak_bytes - small.peak_bytes < 130_000_000
+    assert small.peak_bytes < 100_000_000 < len(mine)
+
+
+def test_a_contestant_that_dies_is_an_error_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(ContestError, match=r"child ended before its turn was over:\s[\s\S]*no more"), contestant(tmp_path) as child:
+        child.turn(die=True)
+
+
+def test_an_update_is_compared_with_the_peer_in_speed_and_memory() -> None:
+    row = summary("S", {"trl": (3.0, 1000), "ours, gae": (1.0, 400), "ours, rloo": (0.5, 600)})
+    assert row["met"]
+    assert row["contestants"]["ours, gae"] == {"seconds": 1.0, "peak_bytes": 400, "speed": 3.0, "memory": 0.4}
+    assert row["contestants"]["ours, rloo"]["speed"] == 6.0
+    assert not summary("S", {"trl": (2.0, 1000), "ours, gae": (1.0, 400), "ours, rloo": (0.5, 600)})["met"]
+    assert not summary("S", {"trl": (3.0, 1000), "ours, gae": (1.0, 600), "ours, rloo": (0.5, 600)})["met"]
