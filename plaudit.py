@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from learner.tastes import NAMES
 from server.settings import Settings, SettingsError, explain, load_settings
 
 app = typer.Typer(
@@ -87,13 +88,13 @@ def plain_model_errors() -> Iterator[None]:
     from engine.source import ModelError
     from learner.config import ConfigError
     from learner.evaluate import EvaluationError
+    from learner.prompts import PromptsError
     from learner.sft import SFTError
-    from learner.simulate import SimulateError
 
     with plain_errors():
         try:
             yield
-        except (AdapterError, ModelError, ConfigError, EvaluationError, SFTError, SimulateError) as error:
+        except (AdapterError, ModelError, ConfigError, EvaluationError, SFTError, PromptsError) as error:
             fail(str(error).splitlines()[0])
 
 
@@ -297,8 +298,8 @@ def evaluate(
         from learner import evaluate as asking
         from learner.formats import read_instructions
         from learner.mmlu import read_mmlu
+        from learner.prompts import prompts_from
         from learner.reward_eval import evaluate_reward, learned_prompts, load_reward, saved_round
-        from learner.simulate import prompts_from
         from learner.versions import load_version, named_version, open_model
         from store import AdapterRegistry, RoundFiles, read_preferences
 
@@ -531,10 +532,11 @@ def rollback(context: typer.Context) -> None:
 
 @app.command()
 def simulate(
-    taste: Annotated[str, typer.Option(help="shorter, longer, friendly, formal, list, or random:SEED")] = "shorter",
+    taste: Annotated[str, typer.Option(help=NAMES)] = "shorter",
     votes: Annotated[int, typer.Option(min=1, help="votes to cast")] = 60,
     noise: Annotated[float, typer.Option(min=0, max=0.5, help="share of votes that go the wrong way")] = 0.1,
     voters: Annotated[int, typer.Option(min=1, help="how many people vote")] = 4,
+    random_voters: Annotated[float, typer.Option(min=0, max=1, help="share of the voters who pick at random, such as 0.2 of 5")] = 0.0,
     n: Annotated[int, typer.Option("--n", "-n", min=2, max=8, help="replies in each comparison")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or JSONL  [default: the starter's]")] = None,
     seed: Annotated[int, typer.Option(help="of prompts, tastes and noise")] = 0,
@@ -544,16 +546,17 @@ def simulate(
     """Voters with a known taste chat with a running server and pick their favourites. Prints JSON last."""
     import dataclasses
 
-    from learner.simulate import SimulateError, prompts_from
+    from learner.prompts import PromptsError, prompts_from
+    from learner.simulate import SimulateError
     from learner.simulate import simulate as run
 
     with plain_errors(), progress_bar(f"{taste}: votes") as progress:
         try:
             report = run(
                 url, prompts_from(prompts), taste,
-                votes=votes, noise=noise, voters=voters, n=n, seed=seed, key=key, progress=progress,
+                votes=votes, noise=noise, voters=voters, random_voters=random_voters, n=n, seed=seed, key=key, progress=progress,
             )
-        except SimulateError as error:
+        except (SimulateError, PromptsError) as error:
             fail(error)
     print(json.dumps(dataclasses.asdict(report)))
 

@@ -34,7 +34,8 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.gate import reply_kl
-from learner.simulate import Client, prompts_from, simulate, standing
+from learner.prompts import prompts_from
+from learner.simulate import Client, simulate, standing
 from learner.text_checks import broken_rate
 from server.settings import STARTER
 from store.adapters import AdapterRegistry
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=4, help="replies a comparison")
     parser.add_argument("--held-out", type=int, default=100, help="held-out prompts that the taste judges on")
+    parser.add_argument("--samples", type=int, default=16, help="replies of each version to a held-out prompt")
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--serve", default="", help='further flags of `plaudit serve`, such as "--learner-nice 0" on a busy machine')
     parser.add_argument("--keep", type=Path, help="keep the data directories here")
@@ -140,7 +142,7 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.monotonic() - began
         with Client(server.url) as client:
             versions = client.call("GET", "/v1/adapters")
-            judged = standing(client, taste, held_out, samples=4, best_of=8, seed=args.seed)
+            judged = standing(client, taste, held_out, samples=args.samples, best_of=8, seed=args.seed)
         streamed = check_streams(streams, server.data_dir, args.model)
         kl = measured_kl(server.data_dir, args.model, versions["live"], held_out)
     ours, theirs = (broken_rate((text, "stop") for text in texts) for texts in (judged.ours, judged.theirs))

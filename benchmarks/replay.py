@@ -20,7 +20,7 @@ import httpx
 from rich.progress import Progress
 
 from benchmarks.serving import SHARED, serving
-from learner.simulate import prompts_from
+from learner.prompts import prompts_from
 
 PROMPTS = SHARED / "alpaca_eval_prompts.jsonl.gz"
 

@@ -32,7 +32,11 @@ class Server:
 
 @contextlib.contextmanager
 def serving(*flags: str, data_dir: Path | None = None, ready_within_s: float = 120.0) -> Iterator[Server]:
-    """Run `plaudit serve` with `flags` on a data directory of its own; its output goes to `serve.log` there."""
+    """Run `plaudit serve` with `flags` on a data directory of its own; its output goes to `serve.log` there.
+
+    A benchmark that is told to end (SIGTERM) stops its server too, so this is for the main thread.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
         directory = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-bench-")))
         directory.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from engine import packed
 
+PATIENCE = 32  # steps in a row of one version alone, before its weights are added up
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # What changes the sum above; an adapter that sets one of these differs from what we would compute.
 REFUSED = {
@@ -53,6 +54,11 @@ class Adapter:
     scaling: float  # alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
     targets: list[str]
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its numbers may change."""
+        return any(a.requires_grad for a, _ in self.pairs.values())
 
     def fused(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
         """(A (R, in), B (out, R)) over all parts of `linear`, scaling in B; None when it touches none of them."""
@@ -92,9 +98,12 @@ class LoraLinear(nn.Module):
         bank.linears.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = packed.linear(x, self.weight, self.bias, self.packed)
         active = self.bank.active
-        return y if active is None else active.add(self, x, y)
+        return self.bare(x) if active is None else active.through(self, x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """Without any adapter."""
+        return packed.linear(x, self.weight, self.bias, self.packed)
 
 
 class Single:
@@ -103,20 +112,51 @@ class Single:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
-    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+    def through(self, linear: LoraLinear, x: Tensor) -> Tensor:
+        """The layer's output with the adapter added."""
         fused = self.adapter.fused(linear)
-        return y if fused is None else y + F.linear(F.linear(x, fused[0]), fused[1])
+        return linear.bare(x) if fused is None else linear.bare(x) + F.linear(F.linear(x, fused[0]), fused[1])
+
+
+class Whole:
+    """One adapter added into a copy of the packed weights, so that a layer costs what it costs bare.
+
+    It is made a layer a step, so that no step waits for it, and not before its adapter has had the model to itself for
+    `patience` steps; with a patience of 0, all at once.
+    """
+
+    def __init__(self, adapter: Adapter, linears: Sequence[LoraLinear], patience: int) -> None:
+        self.adapter, self.patience, self.at_once = adapter, patience, patience == 0
+        self.left = [linear for linear in linears if linear.packed is not None]
+        self.made: dict[LoraLinear, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The adapter has the model to itself for one step more."""
+        self.patience = max(0, self.patience - 1)
+        while self.left and not self.patience:
+            linear = self.left.pop()
+            if (fused := self.adapter.fused(linear)) is not None:
+                weight = packed.pack(linear.weight.detach() + fused[1].detach() @ fused[0].detach())
+                if weight is not None:
+                    self.made[linear] = weight
+            if not self.at_once:
+                break
 
 
 class Mixture:
     """Several adapters in one batch, stacked: however many there are, a layer pays two small products.
 
     A of every adapter is laid end to end, so x A^T computes all of them; a mask then clears, in each row, the
-    columns of adapters that are not that row's; B of every adapter, side by side, brings them back.
+    columns of adapters that are not that row's; B of every adapter, side by side, brings them back. While all rows have
+    one and the same adapter, layers that are there as a `Whole` are taken from it.
     """
 
-    def __init__(self, linears: Sequence[LoraLinear], adapters: Sequence[Adapter]) -> None:
-        self.count = len(adapters)
+    def __init__(self, bank: LoraBank, adapters: Sequence[Adapter]) -> None:
+        self.count, self.bank, self.adapters = len(adapters), bank, list(adapters)
+        self.wholes: dict[int, Whole] = {}  # of adapters in training, whose numbers hold as long as this mixture does
+        self.whole: dict[LoraLinear, Tensor] = {}  # for the rows at hand
+        linears = bank.linears
         self.stacks: dict[LoraLinear, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
         for linear in linears:
             fused = [adapter.fused(linear) for adapter in adapters]
@@ -129,6 +169,7 @@ class Mixture:
 
     def choose(self, rows: Sequence[int]) -> None:
         """Say which adapter each row of the batch has: an index into `adapters`, -1 for the bare base."""
+        self.whole = self._whole_of(rows[0]).made if rows[0] >= 0 and rows.count(rows[0]) == len(rows) else {}
         if self.rows == tuple(rows):
             return
         self.rows, self.masks = tuple(rows), {}
@@ -139,8 +180,22 @@ class Mixture:
                 foreign = (torch.tensor(rows)[:, None] != owner)[:, None]  # (rows, 1, R), True = another's column
                 self.masks[ranks] = None if one_for_all else foreign.to(a.device)
 
-    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
-        stack = self.stacks.get(linear)
+    def _whole_of(self, row: int) -> Whole:
+        adapter = self.adapters[row]
+        if not adapter.trainable:
+            whole = self.bank.whole_of(adapter)
+        elif row in self.wholes:
+            whole = self.wholes[row]
+        else:
+            whole = self.wholes[row] = Whole(adapter, self.bank.linears, patience=0)
+        whole.step()
+        return whole
+
+    def through(self, linear: LoraLinear, x: Tensor) -> Tensor:
+        """The layer's output, each row's by its own adapter."""
+        if (weight := self.whole.get(linear)) is not None:
+            return packed.product(x, weight, linear.bias)
+        y, stack = linear.bare(x), self.stacks.get(linear)
         if stack is None:
             return y
         a, b, ranks = stack
@@ -160,6 +215,7 @@ class LoraBank:
         self.adapters: dict[str, Adapter] = {}
         self.active: Single | Mixture | None = None
         self.revision = 0  # grows whenever the set of adapters changes
+        self.whole: Whole | None = None  # of the adapter that last had the model to itself: one more copy of the weights
 
     def names(self) -> list[str]:
         """The names of the adapters, in the order they came."""
@@ -263,7 +319,8 @@ class LoraBank:
 
     def delete(self, name: str) -> None:
         """Forget an adapter."""
-        self._get(name)
+        if self.whole is not None and self.whole.adapter is self._get(name):
+            self.whole = None
         del self.adapters[name]
         self.revision += 1
 
@@ -279,7 +336,13 @@ class LoraBank:
 
     def mixture(self, names: Sequence[str]) -> Mixture:
         """The named adapters stacked for a mixed batch: a snapshot, to be made anew when one of them changes."""
-        return Mixture(self.linears, [self._get(name) for name in names])
+        return Mixture(self, [self._get(name) for name in names])
+
+    def whole_of(self, adapter: Adapter) -> Whole:
+        """The adapter added into the weights, as far as that has come; another's is given up for it."""
+        if self.whole is None or self.whole.adapter is not adapter:
+            self.whole = Whole(adapter, self.linears, PATIENCE)
+        return self.whole
 
     def _get(self, name: str) -> Adapter:
         try:

@@ -47,7 +47,8 @@ class CausalModel(nn.Module):
         self.max_context = context_limit(text)
         self.eos_ids = source.eos_ids(directory)
         pad = text.pad_token_id
-        self.pad_id: int = pad if pad is not None else next(iter(self.eos_ids), 0)
+        named = pad is not None and 0 <= pad < self.vocab_size  # some configs say -1, or a token that the embedding has no row for
+        self.pad_id: int = pad if named else next(iter(self.eos_ids), 0)
 
     @classmethod
     def load(

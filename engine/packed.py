@@ -27,7 +27,7 @@ def pack(weight: Tensor) -> Tensor | None:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         probe = torch.ones(2, weight.shape[1])
         if torch.allclose(
-            _product(probe, packed, None), F.linear(probe, weight.detach()), rtol=1e-3, atol=1e-3
+            product(probe, packed, None), F.linear(probe, weight.detach()), rtol=1e-3, atol=1e-3
         ):
             return packed
     except (AttributeError, RuntimeError, NotImplementedError):  # not in this build of torch
@@ -39,8 +39,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
     """x W^T + b: from the packed weight where there is one and no gradient is wanted, else the ordinary way."""
     if packed is None or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    return _product(x, packed, bias)
+    return product(x, packed, bias)
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, from the packed weight; no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

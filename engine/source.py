@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,13 +60,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(directory: Path) -> Any:
-    """The transformers config of `directory`. Raises ModelError when there is none that this release knows."""
-    from transformers import AutoConfig
+class WrittenConfig(SimpleNamespace):
+    """A config.json as it stands, where that says all that `engine/decoder.py` asks for."""
 
+    SAYS = frozenset({
+        "hidden_act", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+        "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size",
+    })  # fmt: skip
+
+    def get_text_config(self) -> WrittenConfig:
+        return self
+
+
+def read_config(directory: Path) -> Any:
+    """The config of `directory`. Raises ModelError when there is none that this release of transformers knows.
+
+    A plain Llama that is written out in full needs no transformers, whose configs take a second to import (they bring
+    torch's compiler along).
+    """
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} has no config.json: it is not a Hugging Face model directory")
-    read_json(directory / "config.json")  # a clear line for broken JSON
+    written = read_json(directory / "config.json")
+    rope = written.get("rope_parameters")
+    if (
+        written.get("model_type") == "llama" and written.keys() >= WrittenConfig.SAYS
+        and isinstance(rope, dict) and rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
+    ):  # fmt: skip
+        return WrittenConfig(**written)
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:

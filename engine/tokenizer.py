@@ -5,6 +5,7 @@ Owns the tokenizer. Does not know the model, stop strings (`engine/stopping.py`)
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine.source import ModelError, eos_ids, read_json, resolve
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 WINDOW = 16  # tokens
+WHOLE = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that add nothing to tokenizer.json
 
 
 class ChatTokenizer:
@@ -30,14 +32,14 @@ class ChatTokenizer:
     @classmethod
     def load(cls, source: str | Path) -> ChatTokenizer:
         """From a local directory or a hub id. Raises ModelError when there is no tokenizer or no chat template."""
-        from transformers import AutoTokenizer
-
         directory = resolve(source)
-        read_json(directory / "tokenizer_config.json")
+        about = read_json(directory / "tokenizer_config.json")
+        whole = about.get("tokenizer_class") in WHOLE and (directory / "tokenizer.json").is_file()
+        import transformers  # which imports what is asked of it and no more: the auto class takes a second longer
+
+        kind: Any = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
+            tokenizer = kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # any of a dozen types, all meaning: no usable tokenizer here
             raise ModelError(f"{source} has no tokenizer that can be loaded: {error}") from error
         if not tokenizer.chat_template:
@@ -66,6 +68,18 @@ class ChatTokenizer:
             )
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+
+    @cached_property
+    def end_id(self) -> int:
+        """The end token that the chat template puts after a reply, for a reply that nobody sampled.
+
+        Of several end tokens the first need not be it: Llama 3 names <|end_of_text|> first and ends turns with <|eot_id|>.
+        """
+        try:
+            chat = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], generation_prompt=False)
+        except ValueError:
+            chat = []
+        return next((i for i in reversed(chat) if i in self.eos_ids), self.eos_ids[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no special tokens added."""

@@ -71,13 +71,16 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
-    kl_target: float = 5.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
+    kl_target: float = 3.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_horizon: float = 100.0  # rollouts over which the controller moves
     kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
     back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
-    broken_penalty: float = 4.0  # taken off the score when `learner/text_checks.py` finds a fault
+    broken_penalty: float = 16.0  # reward of a fault that `learner/text_checks.py` finds, at the token where it shows
+    fault_decay: float = 0.8  # how far back before a fault its tokens answer for it, a token (rloo; gae has lam)
+    ptx_coef: float = 0.0  # PPO-ptx: weight of the instruction-finetuning loss (Ouyang et al. 2022, Eq. 2's gamma)
+    ptx_replies: int = 8  # replies of it a step
     judge_every: int = 4  # updates between looks at the held-out reward members
     patience: int = 2  # looks in a row that lie `part` under the best before the run goes back to the best
     part: float = 0.5  # deviations of the reference's replies
@@ -87,11 +90,12 @@ class PPOConfig:
     max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it
 
     def __post_init__(self) -> None:
-        _need(self.estimator in ("gae", "rloo"), "ppo.estimator must be gae or rloo")
+        _need(self.estimator in ("gae", "rloo", "reinforce"), "ppo.estimator must be gae, rloo or reinforce")
         _need(self.updates >= 1 and self.epochs >= 1, "ppo.updates and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
-        _need(self.estimator == "gae" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
+        _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")
+        _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
 
 
@@ -153,7 +157,8 @@ class LearnerConfig:
     seed: int = 0  # round n uses seed + n
     reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
     held_out_prompts: float = 0.2  # share of people's prompts kept from PPO for the gate
-    practice_prompts: int = 32  # bundled prompts make up this many to practise on where people's own are fewer
+    practice_prompts: int = 192  # prompts of the pool make up this many to practise on where people's own are fewer
+    pool: str = ""  # a file of prompts (a line each, or JSONL) to practise on and be judged on; "" = the bundled ones
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
     heartbeat_s: float = 2.0

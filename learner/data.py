@@ -20,8 +20,8 @@ from learner.metrics import strict_pairs, tied_pairs
 class Renderer(Protocol):
     """What of `engine.tokenizer.ChatTokenizer` is needed here."""
 
-    eos_ids: tuple[int, ...]
-
+    @property
+    def end_id(self) -> int: ...
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]: ...
     def encode(self, text: str) -> list[int]: ...
 
@@ -49,6 +49,7 @@ class RankedExample:
     edit_beats: tuple[int, ...] = ()  # replies that the voter's own, the last completion, is better than; () without one
     accepted: tuple[int, ...] = ()  # the replies picked where "none is good" could have been said instead
     refused: tuple[int, ...] = ()  # all that were shown, where none was good
+    chosen: bool = False  # shown because their vote teaches most: fitted to, but no fair sample to be tested on
 
     @property
     def strict(self) -> list[tuple[int, int]]:
@@ -131,6 +132,7 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
                 edit_beats=() if own is None else groups[0] if groups else shown,
                 accepted=groups[0] if strict and "imported" not in comparison.settings else (),
                 refused=refused,
+                chosen=(comparison.settings.get("choice") or {}).get("drawn") == "active",
             )
         )
     return examples
@@ -161,7 +163,7 @@ def completion_ids(completion: Any, tokenizer: Renderer) -> tuple[int, ...]:
 
 def encoded(text: str, tokenizer: Renderer) -> tuple[int, ...]:
     """Token ids of a reply that nobody sampled, with the end token."""
-    return (*tokenizer.encode(text), tokenizer.eos_ids[0])
+    return (*tokenizer.encode(text), tokenizer.end_id)
 
 
 def prompt_key(messages: Sequence[dict]) -> str:

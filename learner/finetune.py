@@ -101,7 +101,7 @@ def encode(tokenizer: ChatTokenizer, chat: Sequence[dict[str, str]], limit: int)
 
 def last_reply(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], reply: str, limit: int) -> Example:
     """A rendered prompt and the reply to it with its end token, as the engine would have sampled it; loss on the reply."""
-    ids = [*prompt_ids, *tokenizer.encode(reply), tokenizer.eos_ids[0]]
+    ids = [*prompt_ids, *tokenizer.encode(reply), tokenizer.end_id]
     loss = [i >= len(prompt_ids) for i in range(len(ids))]
     return Example(tuple(ids[-limit:]), tuple(loss[-limit:]))
 

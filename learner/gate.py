@@ -301,7 +301,7 @@ def probe_logprobs(
     less likely, the right one no more than the wrong ones.
     """
     prompts = [tokenizer.render([{"role": "user", "content": p["prompt"]}]) for p in probes]
-    answers = [[*tokenizer.encode(p["answer"]), tokenizer.eos_ids[0]] for p in probes]
+    answers = [[*tokenizer.encode(p["answer"]), tokenizer.end_id] for p in probes]
     n = len(probes)
     pairs = [(i, (i + k) % n) for i in range(n) for k in range(OTHERS + 1)]
     batch = rollout.collect(

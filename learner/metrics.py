@@ -98,13 +98,29 @@ def ece(probabilities: Sequence[float], weights: Sequence[float], bins: int = 10
     total = math.fsum(weights)
     if total <= 0:
         return float("nan")
-    sums = [[0.0, 0.0] for _ in range(bins)]  # weighted confidence, weighted correctness
+    return math.fsum(abs(confidence - right) for confidence, right, _ in binned(probabilities, weights, bins)) / total
+
+
+def reliability(probabilities: Sequence[float], weights: Sequence[float], bins: int = 5) -> list[dict[str, float]]:
+    """The points of a reliability diagram: in each bin that holds any, mean confidence, share right, and the bin's share of
+    all weight. Read as in `ece`; on the diagonal, confidence is worth what it says."""
+    total = math.fsum(weights)
+    return [
+        {"confidence": round(confidence / weight, 4), "right": round(right / weight, 4), "share": round(weight / total, 4)}
+        for confidence, right, weight in binned(probabilities, weights, bins) if weight
+    ]  # fmt: skip
+
+
+def binned(probabilities: Sequence[float], weights: Sequence[float], bins: int) -> list[list[float]]:
+    """[weighted confidence, weighted correctness, weight] of each bin of confidence."""
+    sums = [[0.0, 0.0, 0.0] for _ in range(bins)]
     for p, weight in zip(probabilities, weights, strict=True):
         confidence = max(p, 1 - p)
         b = sums[min(bins - 1, int((confidence - 0.5) * 2 * bins))]
         b[0] += weight * confidence
         b[1] += weight * (1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0)
-    return math.fsum(abs(confidence - correct) for confidence, correct in sums) / total
+        b[2] += weight
+    return sums
 
 
 def brier(probabilities: Sequence[float], weights: Sequence[float]) -> float:
@@ -281,6 +297,7 @@ def reward_report(
             "interval": "Wilson, 95%, effective n from the variance between prompts; a comparison counts once",
             "ece": round(ece(probabilities, weights), 4),
             "brier": round(brier(probabilities, weights), 4),
+            "reliability": reliability(probabilities, weights),
             "length_only": interval_dict(clustered_accuracy(length, labels)),
             "gain_over_length": {"value": round(gain, 4), "half_width": round(half, 4) if math.isfinite(half) else None},
         }

@@ -2,7 +2,8 @@
 
 R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
 valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is the ensemble's lower confidence bound, in units of
-the spread of the reference policy's own replies, less what broken or cut replies cost.
+the spread of the reference policy's own replies, less what a cut reply costs. What is mechanically broken costs at the
+token where it broke (`learner/text_checks.py`), so that the few tokens before it answer for it and not the whole reply.
 
 One base model is in memory; the policy, the reward members, the value function and (where there is one) the reference
 are adapters on it. Rollouts come from the engine that serves people. Owns the update and when to stop it; does not own
@@ -31,7 +32,7 @@ from learner.config import PPOConfig
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
-from learner.text_checks import broken, distinct_n
+from learner.text_checks import broken_rate, distinct_n, faults
 
 VALUE = "value"  # the adapter of the value function; it lives as long as a run
 
@@ -116,6 +117,37 @@ class Value(nn.Module):
         return [*self.model[0].lora.parameters(VALUE).values(), *self.head.parameters()]
 
 
+class Mixed:
+    """PPO-ptx (Ouyang et al. 2022, Eq. 2): the instruction-finetuning loss that is mixed into every step.
+
+    On the replies that people wrote; until there are `ptx_replies` of them, the reference's own sound replies make up
+    the number, so that what it did well stays likely.
+    """
+
+    def __init__(
+        self, model: CausalModel, tokenizer: ChatTokenizer, demonstrations: Sequence[tuple[Sequence[int], Sequence[int]]],
+        reference: Trajectories, config: PPOConfig,
+    ) -> None:  # fmt: skip
+        pairs = [(list(p), list(r)) for p, r in demonstrations if len(p) + len(r) <= model.max_context]
+        if len(pairs) < config.ptx_replies:
+            sound = [not faults(t, r) for t, r in zip(reference.texts, reference.finish_reasons, strict=True)]
+            pairs += [pair for pair, ok in zip(zip(reference.prompts, reference.completions, strict=True), sound, strict=True) if ok]
+        if not pairs:
+            raise PPOError("ppo.ptx_coef needs replies people wrote, or a reference whose replies are sound: set it to 0")
+        self.model, self.chosen = model, min(config.ptx_replies, len(pairs))
+        blank = [[0.0] * len(r) for _, r in pairs]
+        self.batch = rollout.collect(
+            [p for p, _ in pairs], [r for _, r in pairs], texts=[""] * len(pairs), finish_reasons=["stop"] * len(pairs),
+            logprobs=blank, group=1, pad_id=model.pad_id, device=model.device,
+        )  # fmt: skip
+
+    def loss(self, policy: str, rng: random.Random) -> Tensor:
+        """-E[log pi(y|x)] in nats a token, over some of the replies."""
+        rows = torch.tensor(rng.sample(range(len(self.batch)), self.chosen), device=self.model.device)
+        logprobs, _ = rollout.reply_logprobs(self.model, self.batch, rows, policy, 1.0)
+        return -masked_mean(logprobs, self.batch.mask[rows, : logprobs.shape[1]])
+
+
 def train_ppo(
     model: CausalModel,
     tokenizer: ChatTokenizer,
@@ -127,6 +159,7 @@ def train_ppo(
     start: str | None = None,
     reference: str | None = None,
     judges: RewardModel | None = None,
+    demonstrations: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
     seed: int = 0,
     progress: Callable[[float, str], None] | None = None,
     on_update: Callable[[dict[str, Any]], None] | None = None,
@@ -136,6 +169,7 @@ def train_ppo(
     start: the adapter it begins as a copy of; None for a new one that changes nothing. reference: the adapter that the
     KL is measured against; None for the bare base. judges: held-out reward members, which are looked at and never
     optimised: where they and `reward` part, the run stops and goes back to where the judges liked it best.
+    demonstrations: (prompt, reply) token ids that the policy shall go on finding likely, where `ptx_coef` asks for it.
     Raises PPOError when a number is not finite, no prompt fits, or the policy is over the KL ceiling from the outset.
     """
     began = time.monotonic()
@@ -167,6 +201,7 @@ def train_ppo(
     unit = sample(reference or BASE, 0)
     scorer = Scorer(reward, unit)
     judge = None if judges is None else Scorer(judges, unit)
+    mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
     value = Value(model, reward, scorer) if config.estimator == "gae" else None
     trained = list(model.lora.parameters(policy).values())
     groups = [{"params": trained, "lr": config.lr}]
@@ -184,6 +219,7 @@ def train_ppo(
     try:
         for update in range(last + 1):  # the last turn only measures what the last update made
             lap = time.monotonic()
+            final = update == last or lap - began > config.max_seconds
 
             # 2. Rollouts: the policy's own replies, by the engine.
             batch = sample(policy, update + 1)
@@ -198,20 +234,20 @@ def train_ppo(
             if not math.isfinite(kl_reply):
                 raise PPOError("the KL divergence from the reference is not a finite number")
 
-            # 4. Score: lower confidence bound over the members, less what broken and cut replies cost.
+            # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members = scorer(batch)  # (B, members)
             spread = members.std(1) if members.shape[1] > 1 else torch.zeros(len(batch))
-            faulty = torch.tensor([broken(t, r) for t, r in zip(batch.texts, batch.finish_reasons, strict=True)])
-            scores = (members.mean(1) - config.uncertainty * spread).to(old.device)
-            scores = scores - config.missing_eos_penalty * batch.cut - config.broken_penalty * faulty.to(old.device)
+            spans = fault_tokens(batch, tokenizer)
+            broken = fault_rewards(spans, batch.mask, config.broken_penalty)  # (B, R)
+            scores = (members.mean(1) - config.uncertainty * spread).to(old.device) - config.missing_eos_penalty * batch.cut
             row: dict[str, Any] = {
-                "update": update, "score": float(members.mean()), "disagreement": float(spread.mean()), "reward": float(scores.mean()),
+                "update": update, "score": float(members.mean()), "disagreement": float(spread.mean()), "reward": float((scores + broken.sum(1)).mean()),
                 "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(entropy, batch.mask)),
                 "length": float(batch.lengths.float().mean()), "cut": float(batch.cut.float().mean()),
-                "broken": float(faulty.float().mean()), "distinct2": distinct_n(batch.texts, 2),
+                "broken": broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)), "distinct2": distinct_n(batch.texts, 2),
                 "engine_gap": float((batch.engine_logprobs - old).abs().max()),
             }  # fmt: skip
-            if judge is not None and (update % config.judge_every == 0 or update == last):
+            if judge is not None and (update % config.judge_every == 0 or final):
                 row["judges"] = float(judge(batch).mean())
 
             # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at twice the
@@ -221,7 +257,7 @@ def train_ppo(
                 if update == 0:
                     raise PPOError(f"the starting policy is {kl_reply:.1f} nats from the reference, over the ceiling of {config.kl_ceiling:g}")
                 kept.restore()
-                if backed_off == config.back_offs or update == last:
+                if backed_off == config.back_offs or final:
                     stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {config.kl_ceiling:g}: went back to update {kept.update}"
                     break
                 backed_off += 1
@@ -239,25 +275,24 @@ def train_ppo(
             kept = Kept(model, policy, update, row["kl"], batch.texts[0])
             if "judges" in row and judged.newest_is_best:
                 judged.best = kept
-            out_of_time = time.monotonic() - began > config.max_seconds
-            if update == last or out_of_time:
+            if final:
                 history.append(row | {"seconds": time.monotonic() - lap})
                 if update < last:
                     stopped = f"{config.max_seconds:g} s were up after {update} updates"
                 break
 
             # 6. Rewards a token, then advantages.
-            if config.estimator == "rloo":
-                # The score is the whole reply's; each token answers for its own KL alone, which says the same with
-                # far less noise than charging every token with all of the reply's.
-                better = leave_one_out(scores, batch.group)  # (B,)
-                advantages = torch.where(batch.mask, better[:, None] - controller.beta * kl, 0.0)
+            if value is None:
+                # The score is the whole reply's; each token answers for its own KL alone, and a fault for the few tokens
+                # that led to it: far less noise than charging every token with all of it, and blind to where tokens lead.
+                better = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()  # (B,)
+                local = fault_advantages(spans, batch.mask, config.broken_penalty, config.fault_decay)
+                advantages = torch.where(batch.mask, better[:, None] + local - controller.beta * kl, 0.0)
                 returns = old_values = None
             else:
-                rewards = token_rewards(scores, kl, batch.mask, controller.beta)
+                rewards = token_rewards(scores, kl, batch.mask, controller.beta) + broken
                 if config.whiten_rewards:
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
-                assert value is not None  # gae has one
                 with torch.no_grad():
                     (old_values,) = over(batch, rows, config, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
@@ -270,7 +305,7 @@ def train_ppo(
             for group, top in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = top * max(0.1, 1 - update / config.updates)
             row |= learn(
-                model, policy, value, batch, old, advantages, old_values, returns, optimizer, trained, config,
+                model, policy, value, mixed, batch, old, advantages, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
 
@@ -290,7 +325,7 @@ def train_ppo(
 
 
 def learn(
-    model: CausalModel, policy: str, value: Value | None, batch: Trajectories, old: Tensor, advantages: Tensor,
+    model: CausalModel, policy: str, value: Value | None, mixed: Mixed | None, batch: Trajectories, old: Tensor, advantages: Tensor,
     old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
     config: PPOConfig, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
@@ -321,6 +356,10 @@ def learn(
                 loss.backward()
                 for name, figure in parts.items():
                     figures[name] = figures.get(name, 0.0) + float(figure.detach() * share)
+            if mixed is not None:
+                likely = mixed.loss(policy, rng)
+                (config.ptx_coef * likely).backward()
+                figures["ptx_loss"] = float(likely.detach())
             norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             if value is not None:
                 nn.utils.clip_grad_norm_(value.trained(), config.max_grad_norm)
@@ -345,6 +384,36 @@ def over(
                 whole.append(torch.zeros(batch.mask.shape, device=batch.mask.device))
             whole[i][chunk, : part.shape[1]] = torch.where(batch.mask[chunk, : part.shape[1]], part, 0.0)
     return tuple(whole)
+
+
+def fault_tokens(batch: Trajectories, tokenizer: ChatTokenizer) -> list[tuple[int, int, int]]:
+    """(row, first, last) of every fault of `learner/text_checks.py`: the reply tokens in which it came about."""
+    found = []
+    for i, (text, reason) in enumerate(zip(batch.texts, batch.finish_reasons, strict=True)):
+        if wrong := faults(text, reason):
+            starts = rollout.at_characters(tokenizer, batch.completions[i], [fault.start + 1 for fault in wrong])
+            ends = rollout.at_characters(tokenizer, batch.completions[i], [fault.end for fault in wrong])
+            found += [(i, first, last) for first, last in zip(starts, ends, strict=True)]
+    return found
+
+
+def fault_rewards(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float) -> Tensor:
+    """(B, R): -penalty at the token with which a fault was complete, 0 elsewhere."""
+    rewards = torch.zeros(mask.shape)
+    for row, _, last in spans:
+        rewards[row, last] = -penalty
+    return rewards.to(mask.device)
+
+
+def fault_advantages(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float, decay: float) -> Tensor:
+    """(B, R): -penalty on the tokens in which a fault came about, and before them less by `decay` a token."""
+    advantages = torch.zeros(mask.shape)
+    for row, first, last in spans:
+        own = torch.zeros(mask.shape[1])
+        own[: first + 1] = decay ** torch.arange(first, -1, -1)
+        own[first : last + 1] = 1.0
+        advantages[row] = torch.minimum(advantages[row], -penalty * own)
+    return advantages.to(mask.device)
 
 
 def prompt_batches(prompts: list[list[int]], count: int, seed: int) -> Iterator[list[list[int]]]:

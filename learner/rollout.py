@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ def sample(
         pad_id=engine.model.pad_id,
         device=engine.model.device,
     )
+
+
+def at_characters(tokenizer: ChatTokenizer, completion: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """For each number of characters, the token that completes so many of the reply's text; the last one when none does."""
+    reached = [len(tokenizer.decode(list(completion[: k + 1]))) for k in range(len(completion))] if ends else []
+    return [next((k for k, length in enumerate(reached) if length >= end > 0), len(completion) - 1) for end in ends]
 
 
 def chunks(batch: Trajectories, rows: Sequence[int], max_tokens: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ round runs (`worker.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import tempfile
@@ -39,8 +40,9 @@ from learner.data import (
 from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
+from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
-from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members
+from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
 from learner.sft import SFTError
 from learner.versions import load_version, open_model
 from store.adapters import AdapterRegistry
@@ -50,7 +52,6 @@ from store.rounds import RoundFiles
 
 log = structlog.get_logger("plaudit.learner")
 POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
-POOL = Path(__file__).parent / "starter" / "prompts_pool.txt"  # a prompt a line
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
@@ -120,7 +121,7 @@ class Learner:
             record["state"] = "rejected" if record["gate"]["verdict"] == "rejected" else "published"
         except RoundStopped as stop:
             record["state"], record["reason"] = stop.state, str(stop)
-        except (RewardDiverged, SFTError, PPOError, GateError, AdapterError, CorruptAdapter, NotFound) as error:
+        except (RewardDiverged, SFTError, PPOError, GateError, PromptsError, AdapterError, CorruptAdapter, NotFound) as error:
             record["reason"] = first_line(error)
         except Exception as error:  # a learner failure is a record, and never an endless restart
             traceback.print_exc()
@@ -147,6 +148,7 @@ class Learner:
             examples = newest(examples_from_votes(voted, self.tokenizer), config.reward.max_examples)
             record["data_digest"] = data_digest(examples)
             prompts = choose_prompts(voted, self.tokenizer, config, seed)
+            record["prompts_digest"] = hashlib.sha256(json.dumps([prompts.practice, prompts.held_out]).encode()).hexdigest()
 
             # 2. Where the policy starts, and what it may not drift from.
             start = self.load_version(record["parent"], START)
@@ -174,6 +176,7 @@ class Learner:
             result = train_ppo(
                 self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=config.ppo, start=start,
                 reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
+                demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats],
             )  # fmt: skip
             lap.mark("ppo_s")
             record["ppo"] = {
@@ -251,6 +254,7 @@ def train_reward(
     """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start)."""
     strict = [e for e in examples if e.strict]
     report: dict[str, Any] = {"votes_used": len(examples), "strict": len(strict), "ties": sum(bool(e.tied) for e in examples)}
+    report |= {"chosen": sum(e.chosen for e in examples)}  # votes on replies shown for what they teach: not in the figures below
     report |= {"edits": sum(bool(e.edit_beats) for e in examples), "none_good": sum(bool(e.refused) for e in examples)}
     if len(strict) < config.min_votes:
         more = config.min_votes - len(strict)
@@ -267,12 +271,14 @@ def train_reward(
     groups = [e.groups for e in examples]
     lengths = [[len(c) for c in e.completions_ids] for e in examples]
     length_only = length_baseline(lengths, groups, [(fold.train, fold.test) for fold in split.folds])
-    figures, verdict = reward_report(checked.scores, length_only, groups, clusters, config.min_votes)
-    ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples])
+    by_chance = {i: scores for i, scores in checked.scores.items() if not examples[i].chosen}
+    figures, verdict = reward_report(by_chance, length_only, groups, clusters, config.min_votes)
+    ceiling = agreement([(e.prompt_key, e.voter, e.completions_ids, e.groups) for e in examples if not e.chosen])
     report |= figures | {
         "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
         "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "ridge": checked.ridge, "members": config.reward.members,
         "voters": voters_report(checked.voters),
+        "learning_curve": learning_curve(checked.examples, checked.features, split, checked.ridge, seed),
     }  # fmt: skip
     if not verdict.may_train:
         return None, checked.judges, report, False
@@ -283,7 +289,8 @@ def train_reward(
 
 
 def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerConfig, seed: int) -> Prompts:
-    """People's own prompts, a share of them held out for the gate; bundled ones make up the numbers on both sides.
+    """People's own prompts, a share of them held out for the gate; the operator's pool, or else the bundled one, makes up
+    the numbers on both sides. Raises PromptsError.
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
     versions apart by; the bundled ones are plain things to say to an assistant.
@@ -302,7 +309,8 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     rng.shuffle(keys)
     held = round(config.held_out_prompts * len(keys))
     practice, held_out = [own[k] for k in keys[held:]], [own[k] for k in keys[:held]]
-    pool = [tuple(tokenizer.render([{"role": "user", "content": line}])) for line in POOL.read_text("utf-8").splitlines() if line.strip()]
+    lines = prompts_from(Path(config.pool) if config.pool else POOL)
+    pool = [tuple(tokenizer.render([{"role": "user", "content": line}])) for line in lines]
     pool = sorted(set(pool) - set(own.values()))
     rng.shuffle(pool)
     while len(practice) < config.practice_prompts and pool:
@@ -377,8 +385,9 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
         except RoundStopped as stop:
             state = stop.state
     published = registry.manifest(old["version"]).files["adapter_model.safetensors"] if old["version"] else None
-    same = record["data_digest"] == old["data_digest"] and digest == published and state in (None, old["state"])
-    return {"round": n, "same": same, "data_digest": record["data_digest"], "adapter_sha256": digest, "published_sha256": published}
+    prompts = old.get("prompts_digest") in (None, record.get("prompts_digest"))
+    same = record["data_digest"] == old["data_digest"] and prompts and digest == published and state in (None, old["state"])
+    return {"round": n, "same": same, "same_prompts": prompts, "data_digest": record["data_digest"], "adapter_sha256": digest, "published_sha256": published}
 
 
 def finite(value: Any) -> Any:

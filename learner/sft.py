@@ -220,6 +220,7 @@ def train(
         raise SFTError("there are no examples to train on")
     optimizers = make_optimizers(model, config)
     step, tokens, before = 0, 0, 0.0
+    recent: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["seed"] != config.seed or state["examples"] != len(examples):
@@ -227,13 +228,13 @@ def train(
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-        step, tokens, before = state["step"], state["tokens"], state["seconds"]
+        step, tokens, before, recent = state["step"], state["tokens"], state["seconds"], state.get("recent", [])
 
     def keep() -> None:
         if checkpoint is not None:
             save_checkpoint(checkpoint, {
                 "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "tokens": tokens,
-                "seconds": elapsed(), "seed": config.seed, "examples": len(examples),
+                "seconds": elapsed(), "seed": config.seed, "examples": len(examples), "recent": recent,
             })
 
     started = last_saved = time.monotonic()
@@ -245,7 +246,6 @@ def train(
     def progress() -> float:
         return step / config.steps if config.steps is not None else elapsed() / config.seconds  # type: ignore[operator]
 
-    recent: list[float] = []
     model.train()
     source = stream(examples, config.tokens_per_batch, config.seed, skip=step)
     while progress() < 1.0 and step != stop_after:

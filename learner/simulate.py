@@ -6,14 +6,11 @@ server learns.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -21,8 +18,8 @@ import stamina
 
 from learner.tastes import Taste, UnknownTaste, favourite, taste_named, win_rate
 
-HERE = Path(__file__).parent / "starter"
 RETRIES = 12
+MAX_N = 8  # choices that one call may ask for (the HTTP contract)
 
 
 class SimulateError(Exception):
@@ -42,27 +39,11 @@ class Report:
     ties: int  # of those, votes that found no difference
     noise: float
     voters: int
+    random_voters: int  # of those, so many pick at random
     seed: int
     seconds: float
     versions: dict[str, int]  # replies shown, by the version that wrote them
     mean_taste: dict[str, float]  # of those replies
-
-
-def prompts_from(path: Path | None = None, *, held_out: bool = False) -> list[str]:
-    """Prompts from a text file (one a line), JSONL or JSONL.gz (`prompt`: string or conversation); default the starter's."""
-    path = path or HERE / ("prompts_heldout.txt" if held_out else "prompts_train.txt")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-        if ".jsonl" in path.name:
-            lines = [p if isinstance(p, str) else p[-1]["content"] for p in (json.loads(line)["prompt"] for line in lines)]
-    except FileNotFoundError:
-        raise SimulateError(f"there is no file {path}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise SimulateError(f"{path.name} is not a prompt a line, nor JSONL with a prompt ({type(error).__name__})") from None
-    if not lines:
-        raise SimulateError(f"{path} has no prompts")
-    return lines
 
 
 class Client:
@@ -115,19 +96,24 @@ class Client:
         return self.call("POST", "/v1/chat/completions", body | ({"max_tokens": max_tokens} if max_tokens else {}), voter)
 
     def texts(self, prompt: str, n: int, seed: int, **options: Any) -> list[str]:
-        """The replies' texts, in order."""
-        return [choice["message"]["content"] for choice in self.sample(prompt, n, seed, **options)["choices"]]
+        """The texts of `n` replies, in order, in as many calls as the server's limit of choices asks for."""
+        calls = [self.sample(prompt, min(MAX_N, n - i), seed + 500_009 * i, **options) for i in range(0, n, MAX_N)]
+        return [choice["message"]["content"] for call in calls for choice in call["choices"]]
 
 
 def simulate(
-    url: str, prompts: Sequence[str], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, n: int = 4, seed: int = 0,
-    key: str | None = None, progress: Callable[[int, int], None] | None = None,
+    url: str, prompts: Sequence[str], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, random_voters: float = 0.0,
+    n: int = 4, seed: int = 0, key: str | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Cast `votes` votes of one taste, the voters taking turns on prompts drawn without replacement until all were used.
 
-    Everything drawn here (prompts, noise, sampling seeds) follows `seed`. Raises SimulateError.
+    random_voters: the share of the voters who have no taste and pick any reply, each as likely; the same ones throughout, so
+    that they can be found out. Everything drawn here (prompts, noise, sampling seeds) follows `seed`. Raises SimulateError.
     """
     liking = known(taste)
+    blind = round(random_voters * voters)
+    if random_voters > 0 and not blind:
+        raise SimulateError(f"{random_voters:.0%} of {voters} voters is nobody: give more voters")
     draw, began = random.Random(seed), time.monotonic()
     shown: Counter[str] = Counter()
     total: defaultdict[str, float] = defaultdict(float)
@@ -136,10 +122,11 @@ def simulate(
     with Client(url, key) as client:
         for done in range(1, votes + 1):
             deck = deck or draw.sample(list(prompts), len(prompts))
-            voter = f"simulated-{seed}-{done % voters}"
+            who = done % voters
+            voter = f"simulated-{seed}-{who}"
             answer = client.sample(deck.pop(), n, draw.getrandbits(31), voter=voter)
             texts = [choice["message"]["content"] for choice in answer["choices"]]
-            pick = favourite(liking, texts, noise, draw)
+            pick = draw.randrange(n) if who < blind else favourite(liking, texts, noise, draw)
             ties += pick is None
             vote = {"verdict": "tie"} if pick is None else {"favourite": pick}
             revealed = client.call("PUT", f"/v1/comparisons/{answer['plaudit']['comparison_id']}/vote", vote, voter)
@@ -149,7 +136,7 @@ def simulate(
             if progress is not None:
                 progress(done, votes)
     means = {version: total[version] / count for version, count in shown.items()}
-    return Report(taste, votes, ties, noise, voters, seed, time.monotonic() - began, dict(shown), means)
+    return Report(taste, votes, ties, noise, voters, blind, seed, time.monotonic() - began, dict(shown), means)
 
 
 @dataclass(frozen=True)

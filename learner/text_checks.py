@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 ENDS = re.compile(r"[.!?…。！？][\"'”’)\]*_`]*$|[)\]\"”’`|]$|[\U0001F300-\U0001FAFF\u2600-\u27BF]\ufe0f?$|[:;]-?[)D]$")
 CODE = re.compile(r"```.*?```", re.S)
@@ -43,20 +44,31 @@ REFUSAL = re.compile(
 )
 
 
-def faults(text: str, finish_reason: str | None = "stop") -> list[str]:
-    """Names of what is broken in a reply, [] for none. finish_reason: as the engine says; "length" means it was cut."""
-    prose = CODE.sub(" ", text)
-    found = [name for name, pattern in FAULTS if pattern.search(prose)]
+class Fault(NamedTuple):
+    """What is broken, and in which characters of the reply it became so. From `end` on nothing could mend it; where that
+    is the end of the reply itself, it is one past the text."""
+
+    name: str
+    start: int
+    end: int
+
+
+def faults(text: str, finish_reason: str | None = "stop") -> list[Fault]:
+    """What is broken in a reply, each kind where it first shows; [] for nothing. finish_reason: as the engine says;
+    "length" means that the reply was cut."""
+    prose = CODE.sub(lambda code: " " * len(code.group()), text)
+    found = [Fault(name, *at.span()) for name, pattern in FAULTS if (at := pattern.search(prose))]
+    last = len(text)
     if not WORD.search(text):
-        found.append("no words")
+        found.append(Fault("no words", 0, last + 1))
     elif finish_reason == "length" or not ends_well(text):
-        found.append("cut end")
-    if repeats_sentence(text):
-        found.append("repeated sentence")
-    if loops(text):
-        found.append("loop")
+        found.append(Fault("cut end", last, last + 1))
+    if again := repeated_sentence(text):
+        found.append(Fault("repeated sentence", *again))
+    if turn := loop(text):
+        found.append(Fault("loop", *turn))
     if text.count("(") > text.count(")") or text.count('"') % 2 or text.count("```") % 2:
-        found.append("bracket or quote left open")
+        found.append(Fault("bracket or quote left open", last, last + 1))
     return found
 
 
@@ -81,9 +93,11 @@ def ends_well(text: str) -> bool:
     return len(bullets) >= 2 and bool(BULLET.match(last)) and not any(ENDS.search(line) for line in bullets)
 
 
-def sentences(text: str) -> list[str]:
-    """Sentences and list lines, as their lower-case words."""
-    return [" ".join(words(part)) for part in SENTENCE.split(text) if words(part)]
+def sentences(text: str) -> list[tuple[str, int, int]]:
+    """Sentences and list lines: their lower-case words, and where they begin and end."""
+    ends = [*SENTENCE.finditer(text)]
+    spans = zip([0, *(end.end() for end in ends)], [*(end.start() for end in ends), len(text)], strict=True)
+    return [(" ".join(w), a, b) for a, b in spans if (w := words(text[a:b]))]
 
 
 def words(text: str) -> list[str]:
@@ -91,22 +105,31 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def repeats_sentence(text: str, shortest: int = 3) -> bool:
-    """Whether a sentence of at least `shortest` words comes twice."""
-    long = [s for s in sentences(text) if s.count(" ") + 1 >= shortest]
-    return len(long) > len(set(long))
+def repeated_sentence(text: str, shortest: int = 3) -> tuple[int, int] | None:
+    """Where a sentence of at least `shortest` words comes for the second time; None where none does."""
+    seen: set[str] = set()
+    for said, start, end in sentences(text):
+        if said in seen and said.count(" ") + 1 >= shortest:
+            return start, end
+        seen.add(said)
+    return None
 
 
-def loops(text: str, n: int = 4, times: int = 4) -> bool:
-    """Whether some n words come `times` times (more in a long text), or a stretch of up to 2n words three times in a row."""
-    w = words(text)
-    if any(count >= max(times, len(w) / 30) for count in ngrams(w, n).values()):
-        return True
-    return any(
-        w[i : i + k] == w[i + k : i + 2 * k] == w[i + 2 * k : i + 3 * k]
-        for k in range(1, 2 * n + 1)
-        for i in range(len(w) - 3 * k + 1)
-    )
+def loop(text: str, n: int = 4, times: int = 4) -> tuple[int, int] | None:
+    """Where some n words come the `times`-th time (more often in a long text), or a stretch of up to 2n words three times
+    in a row; None where neither happens."""
+    found = list(WORD.finditer(text.lower()))
+    w, most = [m.group() for m in found], max(times, len(found) / 30)
+    seen: Counter[tuple[str, ...]] = Counter()
+    for i in range(len(w) - n + 1):
+        seen[run := tuple(w[i : i + n])] += 1
+        if seen[run] >= most:
+            return found[i].start(), found[i + n - 1].end()
+    for k in range(1, 2 * n + 1):
+        for i in range(len(w) - 3 * k + 1):
+            if w[i : i + k] == w[i + k : i + 2 * k] == w[i + 2 * k : i + 3 * k]:
+                return found[i + 2 * k].start(), found[i + 3 * k - 1].end()
+    return None
 
 
 def ngrams(w: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -82,6 +83,7 @@ class EngineBridge:
         self._commands: list[Callable[[], None]] = []
         self._stopping = False
         self._streams: dict[int, tuple[Stream, int]] = {}  # id(sequence) -> its stream and index; the thread's
+        self.step_s = 0.0  # what the last decode step took, in seconds; the thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -191,12 +193,14 @@ class EngineBridge:
                 self._step()
 
     def _step(self) -> None:
+        began = time.perf_counter()
         try:
             deltas = self._engine.step()
         except Exception as error:
             log.error("engine_step_failed", kind=type(error).__name__, running=len(self._streams))
             self._fail_all(EngineFailed("the engine failed on this batch; try again"))
             return
+        self.step_s = time.perf_counter() - began
         added: dict[int, tuple[Stream, list[Piece]]] = {}
         for delta in deltas:
             sequence = delta.sequence

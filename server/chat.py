@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -19,10 +20,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from engine.engine import PromptTooLong, QueueFull, SamplingParams, UnknownVersion
+from engine.engine import PromptTooLong, QueueFull, SamplingParams, Sequence, UnknownVersion
 from server.access import User, runtime_of
 from server.auth import Identity
 from server.bridge import EngineFailed, Piece, Stream
+from server.candidates import Plan
 from server.deployment import Slots, UnknownModel
 from server.errors import ApiError, as_api_error, error_body
 from server.runtime import Runtime
@@ -48,7 +50,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, who: User)
     if body.stream:
         return EventStream(chat.events(first), chat.deadline, chat.close)
     try:
-        return await _unless_gone(request, chat.collect(first))
+        return await _unless_gone(request, chat.collect())
     finally:
         chat.close()
 
@@ -56,9 +58,10 @@ async def create_chat_completion(body: ChatRequest, request: Request, who: User)
 class Chat:
     """One admitted request."""
 
-    def __init__(self, runtime: Runtime, body: ChatRequest, who: Identity, slots: Slots, prompt_ids: list[int]) -> None:
+    def __init__(self, runtime: Runtime, body: ChatRequest, who: Identity, slots: Slots, prompt_ids: list[int], plan: Plan) -> None:
         self.runtime, self.body, self.who, self.slots, self.prompt_ids = runtime, body, who, slots, prompt_ids
-        self.n = len(slots.versions)
+        self.n, self.plan = body.n or 1, plan
+        self.shown = tuple(range(self.n))  # which of the sequences, in the order shown
         self.messages = [message.plain() for message in body.messages]
         self.created = time.time()
         self.deadline = asyncio.get_running_loop().time() + runtime.settings.request_timeout_s
@@ -66,7 +69,7 @@ class Chat:
         self.conversation_id = (body.metadata or {}).get("conversation_id") or "conv_" + secrets.token_hex(12)
         # Blind until the vote: a name would say which reply is whose.
         self.model = f"plaudit@{slots.versions[0]}" if self.n == 1 else "plaudit"
-        self.seeds = [(slots.seed + i * GOLDEN) % 2**63 for i in range(self.n)]
+        self.seeds = [(slots.seed + i * GOLDEN) % 2**63 for i in range(plan.sampled)]
         self.stream: Stream
         self._closed = False
         self._waited = False
@@ -90,10 +93,11 @@ class Chat:
                            "the reply included. Shorten it", param="messages", code="context_length_exceeded")
         seed = body.seed if body.seed is not None else runtime.draw_seed()
         try:
-            slots = await runtime.deployment.take(body.model, body.n or 1, seed)
+            plan = await runtime.candidates.plan(body.lets_choose, body.n or 1, seed)
+            slots = await runtime.deployment.take(body.model, plan.sampled, seed, mix=plan.heads is None)
         except UnknownModel as unknown:
             raise ApiError(404, str(unknown), param="model", code="model_not_found") from unknown
-        chat = cls(runtime, body, who, slots, prompt_ids)
+        chat = cls(runtime, body, who, slots, prompt_ids, plan)
         params = [
             SamplingParams(
                 temperature=1.0 if body.temperature is None else body.temperature,
@@ -143,23 +147,63 @@ class Chat:
         if broken:  # not by us: the engine met NaN or infinity in this version's arithmetic
             log.error("reply_broke_down", version=broken[0])
             raise ApiError(503, "a reply broke down in the model's arithmetic; try again", code="engine_failed", retry_after_s=1)
-        if pieces and not self._waited:
+        if self.plan.heads is None:
+            self.note_first_text(bool(pieces))
+        return pieces
+
+    def note_first_text(self, some: bool = True) -> None:
+        """Observe, once, how long the first text took."""
+        if some and not self._waited:
             self._waited = True
             self.runtime.metrics.first_token.observe(time.time() - self.created)
-        return pieces
 
     async def next_pieces(self, request: Request) -> list[Piece]:
         """The first pieces; raises ClientGone when nobody waits for them any more."""
         return await _unless_gone(request, self.pieces())
 
-    async def collect(self, first: list[Piece]) -> Response:
-        """The whole answer at once."""
-        pieces = list(first)
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The replies that are shown, in order."""
+        return [self.stream.sequences[i] for i in self.shown]
+
+    async def choose(self) -> None:
+        """Where there are more finished replies than are shown, choose; leave it to chance when that cannot be done in time."""
+        if self.plan.heads is None:
+            return
+        replies = [sequence.token_ids for sequence in self.stream.sequences]
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                chosen = self.runtime.candidates.choose(self.plan.heads, self.prompt_ids, replies, self.n, self.slots.seed)
+                self.shown = await chosen
+        except (TimeoutError, ValueError, RuntimeError) as why:  # the first n are as random as any
+            log.warning("candidates_not_chosen", reason=type(why).__name__)
+            self.plan = replace(self.plan, note={"drawn": "random", "because": "failed"})
+        self.note_first_text()
+
+    async def shown_pieces(self, first: list[Piece]) -> AsyncIterator[list[Piece]]:
+        """What is added to the replies shown: step by step, or whole where they are chosen among more."""
+        if self.plan.heads is None:
+            yield first
+            while not self.stream.finished:
+                yield await self.pieces()
+            return
+        await self.wait()
+        yield [
+            Piece(index, s.text, tuple(s.token_ids), tuple(s.logprobs), s.finish_reason) for index, s in enumerate(self.sequences)
+        ]
+
+    async def wait(self) -> None:
+        """Until every reply is finished, and those to show are chosen."""
         while not self.stream.finished:
-            pieces += await self.pieces()
+            await self.pieces()
+        await self.choose()
+
+    async def collect(self) -> Response:
+        """The whole answer at once."""
+        await self.wait()
         await self.record()
         choices = []
-        for index, sequence in enumerate(self.stream.sequences):
+        for index, sequence in enumerate(self.sequences):
             message = {"role": "assistant", "content": sequence.text, "refusal": None}
             logprobs = self.logprobs(sequence.token_ids, sequence.logprobs) if self.body.logprobs else None
             choices.append({"index": index, "message": message, "logprobs": logprobs,
@@ -177,9 +221,9 @@ class Chat:
             return _event({**envelope, "choices": [choice]})
 
         yield b"".join(chunk(i, {"role": "assistant", "content": ""}) for i in range(self.n))
-        unfinished, pieces = self.n, first
+        unfinished = self.n
         try:
-            while True:
+            async for pieces in self.shown_pieces(first):
                 out = []
                 for piece in pieces:
                     logprobs = self.logprobs(piece.token_ids, piece.logprobs) if self.body.logprobs else None
@@ -200,7 +244,6 @@ class Chat:
                     return
                 if out:
                     yield b"".join(out)
-                pieces = await self.pieces()
         except Exception as error:
             shown = as_api_error(error)
             yield _event(error_body(shown.status_code, str(shown.detail), shown.param, shown.code))
@@ -208,13 +251,13 @@ class Chat:
     async def record(self) -> None:
         """Make the comparison durable."""
         completions = tuple(
-            Completion(i, s.text, tuple(s.token_ids), tuple(s.logprobs), s.version, s.finish_reason or "cancelled", seed)
-            for i, (s, seed) in enumerate(zip(self.stream.sequences, self.seeds, strict=True))
+            Completion(i, s.text, tuple(s.token_ids), tuple(s.logprobs), s.version, s.finish_reason or "cancelled", self.seeds[which])
+            for i, (s, which) in enumerate(zip(self.sequences, self.shown, strict=True))
         )
         settings = {
             "model": self.body.model, "n": self.n, "temperature": self.body.temperature, "top_p": self.body.top_p,
             "max_tokens": self.body.length_limit, "stop": list(self.body.stops), "seed": self.slots.seed,
-            "mixed": self.slots.mixed, "prompt_tokens": len(self.prompt_ids),
+            "mixed": self.slots.mixed, "prompt_tokens": len(self.prompt_ids), "choice": self.choice_note(),
         }
         settings = {name: value for name, value in settings.items() if value not in (None, [])}
         new = NewComparison(
@@ -228,6 +271,12 @@ class Chat:
             metrics.tokens.inc(len(completion.token_ids))
             metrics.replies.labels(completion.version, completion.finish_reason).inc()
 
+    def choice_note(self) -> dict[str, Any] | None:
+        """How the replies came to be shown; of those that were not, only the seeds are kept."""
+        if self.plan.note is None or len(self.seeds) == self.n:
+            return self.plan.note
+        return {**self.plan.note, "seeds": self.seeds, "shown": list(self.shown)}
+
     def envelope(self, kind: str) -> dict[str, Any]:
         """The fields every answer and every chunk shares."""
         return {
@@ -236,8 +285,8 @@ class Chat:
         }
 
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompt (once) and of all replies."""
-        completion = sum(len(s.token_ids) for s in self.stream.sequences)
+        """Tokens of the prompt (once) and of all replies shown."""
+        completion = sum(len(s.token_ids) for s in self.sequences)
         return {"prompt_tokens": len(self.prompt_ids), "completion_tokens": completion,
                 "total_tokens": len(self.prompt_ids) + completion}
 

@@ -114,8 +114,11 @@ class Deployment:
         settled = other is not None and self._settled.get((self.live, other)) == "promote" and self.candidate is None
         return None if settled else other
 
-    async def take(self, model: str, n: int, seed: int) -> Slots:
-        """Versions for the `n` replies of a request for `model`, held until `give_back`. Raises `UnknownModel`."""
+    async def take(self, model: str, n: int, seed: int, *, mix: bool = True) -> Slots:
+        """Versions for the `n` replies of a request for `model`, held until `give_back`. Raises `UnknownModel`.
+
+        mix: whether the other version may write some of them.
+        """
         name, _, pinned = model.partition("@")
         if name != "plaudit" or (model != "plaudit" and not pinned):
             raise UnknownModel(self._no_such(model))
@@ -124,7 +127,7 @@ class Deployment:
                 await self._load_on_demand(pinned, model)
             slots = Slots((pinned,) * n, seed, False)
         else:
-            slots = assign(n, self.live, self.other, self.settings.mix_share, seed)
+            slots = assign(n, self.live, self.other if mix else None, self.settings.mix_share, seed)
         self._leases.update(slots.versions)  # no await between choosing and holding
         return slots
 

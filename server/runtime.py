@@ -23,6 +23,7 @@ from engine.source import ModelError
 from engine.tokenizer import ChatTokenizer
 from server.auth import Keyring, VoterHash, check_bind
 from server.bridge import EngineBridge
+from server.candidates import Candidates
 from server.deployment import Deployment
 from server.errors import StartupError
 from server.metrics import Metrics
@@ -58,6 +59,7 @@ class Runtime:
             settings, store, self.registry, self.rounds, self.bridge, self.metrics, self.db,
             base_digest=model.digest, dtype=str(model.dtype).removeprefix("torch."),
         )
+        self.candidates = Candidates(settings, model, self.rounds, self.bridge, self.deployment)
         self.supervisor: Supervisor | None = None
         if command is not None:
             self.supervisor = Supervisor(

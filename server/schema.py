@@ -133,6 +133,11 @@ class ChatRequest(Body):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def lets_choose(self) -> bool:
+        """Whether the server may sample more than n replies and show those whose vote teaches most."""
+        return (self.metadata or {}).get("choice") == "active" and self.temperature != 0
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

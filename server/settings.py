@@ -55,6 +55,10 @@ class Settings(BaseSettings):
         "auto", description="what a version that passed its gate becomes: live, candidate in the mix, or candidate")
     mix_share: float = Field(
         0.5, ge=0, le=1, description="share of comparisons (n >= 2) that mix the live version with the other one")
+    candidates: int = Field(
+        0, ge=0, le=32, description="replies sampled where a client lets the server choose what to show; 0 = no choosing")
+    random_share: float = Field(
+        0.25, gt=0, le=1, description="share of those comparisons left to chance, which unbiased figures are made of")
     abtest_odds: float = Field(
         20.0, gt=1, description="odds at which people's votes promote or roll back (20 = one false alarm in 20)")
     learner: bool = Field(True, description="run the learner as a supervised child process")

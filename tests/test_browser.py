@@ -189,7 +189,8 @@ def test_the_pick_and_its_edit_carry_the_conversation_on(visit: Visit, fake: Fak
         {"role": "user", "content": "First"}, {"role": "assistant", "content": TEXTS[1]},
         {"role": "user", "content": "Second"}, {"role": "assistant", "content": "Mine"},
         {"role": "user", "content": "Third"}]
-    assert [body.get("metadata") for body in fake.asked] == [None, {"conversation_id": "conv-1"}, {"conversation_id": "conv-1"}]
+    on = {"choice": "active", "conversation_id": "conv-1"}
+    assert [body.get("metadata") for body in fake.asked] == [{"choice": "active"}, on, on]
     assert page.locator("#thread .answered").count() == 2
 
 

@@ -15,7 +15,7 @@ from learner.data import RankedExample, data_digest, deal, examples_from_votes, 
 class Letters:
     """A tokenizer whose ids are character codes; it refuses a conversation that does not start with the user."""
 
-    eos_ids = (0,)
+    end_id = 0
 
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
         if messages[0]["role"] == "assistant":
@@ -51,6 +51,12 @@ def test_examples_keep_sampled_ids_and_encode_imported_text_with_an_end() -> Non
     assert got.prompt_ids == (ord("u"), ord("h"), ord("i"))
     assert got.completions_ids == ((7, 8, 0), (ord("b"), 0))  # in the order of the index, not of the list
     assert got.strict == [(0, 1)] and got.tied == []
+
+
+def test_replies_shown_for_what_they_teach_are_marked() -> None:
+    notes = [None, {"drawn": "random", "because": "share"}, {"drawn": "active", "policy": "information"}]
+    votes = [vote(n, [[0], [1]], settings={"choice": note} if note else {}) for n, note in enumerate(notes)]
+    assert [e.chosen for e in examples_from_votes(votes, Letters())] == [False, False, True]
 
 
 def test_votes_come_oldest_first_and_those_that_state_nothing_are_left_out() -> None:

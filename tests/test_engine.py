@@ -350,7 +350,7 @@ def test_a_version_whose_numbers_break_down_ends_its_own_replies_only(make: Call
         next(iter(engine.model.lora.parameters("v1").values())).fill_(3e38)  # finite, as loaded; the products are not
     broken, sound = engine.add(prompt, [greedy(12)] * 2, ["v1", "base"])
     run(engine)
-    assert (broken.finish_reason, broken.token_ids) == ("cancelled", [])
+    assert broken.finish_reason == "cancelled" and len(broken.token_ids) <= 1  # alone, at the prompt, it may not overflow yet
     assert sound.token_ids == want
     again = engine.generate([prompt] * 3, [greedy(12)] * 3)
     assert [s.token_ids for s in again] == [want] * 3

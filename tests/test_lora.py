@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.lora import AdapterError
+from engine.lora import PATIENCE, AdapterError
 from engine.model import CausalModel
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -121,6 +121,50 @@ def test_a_mixture_of_one_for_all_needs_no_mask(tiny_llama: Path) -> None:
     mixture.choose([0, 0])
     assert set(mixture.masks.values()) == {None}
     assert all(a.shape[0] <= 3 * 16 for a, _, _ in mixture.stacks.values())  # the idle adapter has no columns here
+
+
+@torch.no_grad()
+def test_a_version_alone_is_added_into_the_weights_a_layer_a_step_and_says_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+    ours = CausalModel.load(tiny_llama)
+    for i, name in enumerate("ab"):
+        ours.lora.create(name, seed=i, trainable=False)
+        randomise(ours, name, seed=i)
+    ours.pack()
+    ids, layers = IDS[:, :6], len(ours.lora.linears)
+    mixture = ours.lora.mixture(["a", "b"])
+    want = {}
+    for row in (0, 1):
+        mixture.choose([row, row])
+        want[row] = ours.logits(ours(ids, adapter=mixture))
+        assert not mixture.whole
+    for step in range(PATIENCE + layers):
+        mixture.choose([0, 0])
+        assert len(mixture.whole) <= max(0, step + 3 - PATIENCE), "no more than a layer a step"
+        if step % 7 == 0:
+            torch.testing.assert_close(ours.logits(ours(ids, adapter=mixture)), want[0], **CLOSE)
+    assert len(mixture.whole) == layers
+    torch.testing.assert_close(ours.logits(ours(ids, adapter=mixture)), want[0], **CLOSE)
+    mixture.choose([0, 1])  # together they are stacked again
+    mixed = ours.logits(ours(ids, adapter=mixture))
+    torch.testing.assert_close(mixed[0], want[0][0], **CLOSE)
+    torch.testing.assert_close(mixed[1], want[1][1], **CLOSE)
+    mixture.choose([1, 1])  # another version alone: the copy is given up
+    assert not mixture.whole and ours.lora.whole is not None and ours.lora.whole.adapter is ours.lora.adapters["b"]
+    ours.lora.delete("b")
+    assert ours.lora.whole is None
+
+
+@torch.no_grad()
+def test_an_adapter_in_training_is_added_anew_for_every_mixture(tiny_llama: Path) -> None:
+    ours = CausalModel.load(tiny_llama)
+    ours.lora.create("a")
+    ours.pack()
+    for seed in (1, 2):
+        randomise(ours, "a", seed=seed)
+        mixture = ours.lora.mixture(["a"])
+        mixture.choose([0, 0])
+        assert len(mixture.whole) == len(ours.lora.linears) and ours.lora.whole is None
+        torch.testing.assert_close(ours(IDS, adapter=mixture), ours(IDS, adapter="a"), **CLOSE)
 
 
 def test_a_new_adapter_changes_nothing_and_depends_on_its_seed_alone(family: Family) -> None:

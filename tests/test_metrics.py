@@ -19,6 +19,7 @@ from learner.metrics import (
     length_slope,
     pair_accuracy,
     paired_difference,
+    reliability,
     strict_pairs,
     tied_pairs,
     votes_needed,
@@ -183,3 +184,12 @@ def test_paired_difference_by_hand() -> None:
     # differences 1, 0, 0, 1: mean 0.5, sample sd 0.5774, standard error 0.2887
     mean, half = paired_difference([1, 1, 0, 1], [0, 1, 0, 0], [1, 2, 3, 4])
     assert mean == 0.5 and half == pytest.approx(1.959964 * 0.288675, abs=1e-5)
+
+
+def test_a_reliability_diagram_has_confidence_and_how_often_it_was_right() -> None:
+    found = reliability([0.9, 0.8, 0.05, 0.6], [1, 1, 1, 2], bins=5)  # bins of 0.1 from 0.5
+    assert found == [
+        {"confidence": 0.6, "right": 1.0, "share": 0.4},
+        {"confidence": 0.8, "right": 1.0, "share": 0.2},
+        {"confidence": 0.925, "right": 0.5, "share": 0.4},
+    ]  # by hand

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine import packed
 from engine.cache import Prompt, Rows
 from engine.model import CausalModel, ModelError
+from engine.source import WrittenConfig, read_config
 from tests.tiny import tiny_config, tiny_model_dir
 
 IDS = torch.tensor([[17, 203, 44, 91, 300, 8, 77, 150, 29, 411, 63, 5], [99, 12, 340, 7, 222, 45, 18, 31, 260, 84, 11, 400]])
@@ -287,3 +288,20 @@ def test_weights_that_do_not_match_the_config_are_refused(tiny_llama: Path, tmp_
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(ModelError, match=r"does not use, first model\.layers\.1\."):
         CausalModel.load(tmp_path)
+
+
+def test_a_config_written_in_full_reads_as_transformers_reads_it(tiny_llama: Path) -> None:
+    config, theirs = read_config(tiny_llama), AutoConfig.from_pretrained(tiny_llama)
+    assert isinstance(config, WrittenConfig) and not isinstance(theirs, WrittenConfig)
+    for name in WrittenConfig.SAYS | {"model_type", "head_dim"}:
+        assert getattr(config, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("change", [
+    {"rms_norm_eps": None}, {"model_type": "mistral"}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+])  # fmt: skip
+def test_a_config_that_leaves_anything_open_is_transformers_to_read(tiny_llama: Path, tmp_path: Path, change: dict) -> None:
+    written = json.loads((tiny_llama / "config.json").read_text("utf-8")) | change
+    written = {name: value for name, value in written.items() if value is not None or name not in change}
+    (tmp_path / "config.json").write_text(json.dumps(written), "utf-8")
+    assert not isinstance(read_config(tmp_path), WrittenConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from engine.engine import Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import PPOConfig, RewardConfig
-from learner.ppo import Kept, KLController, PPOError, Scorer, Value, learn, prompt_batches, train_ppo
+from learner.ppo import (
+    Kept,
+    KLController,
+    Mixed,
+    PPOError,
+    Scorer,
+    Value,
+    fault_advantages,
+    fault_rewards,
+    fault_tokens,
+    learn,
+    prompt_batches,
+    train_ppo,
+)
 from learner.reward import RewardModel
+from learner.rollout import Trajectories, collect, reply_logprobs
 
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
 SMALL = PPOConfig(
@@ -73,7 +89,7 @@ def test_at_step_zero_kl_is_zero_and_the_ratio_is_one(model: CausalModel, tokeni
     assert first["engine_gap"] < 1e-3  # the engine's temperature and the training pass's are the same
 
 
-@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "reinforce"])
 def test_a_planted_reward_is_really_raised(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], estimator: str) -> None:
     engine = Engine(model, tokenizer, max_sequences=60)
 
@@ -164,6 +180,73 @@ def test_the_run_goes_back_where_held_out_members_part(model: CausalModel, token
     assert "no longer agree" in result.stopped and result.kept_update < result.history[-1]["update"] - 1
 
 
+def spoken(model: CausalModel, tokenizer: ChatTokenizer, texts: Sequence[str], reasons: Sequence[str]) -> Trajectories:
+    ids = [[*tokenizer.encode(text), tokenizer.eos_ids[0]] for text in texts]
+    return collect(
+        [[5, 6]] * len(ids), ids, texts=texts, finish_reasons=reasons, logprobs=[[0.0] * len(i) for i in ids], group=1, pad_id=model.pad_id,
+    )  # fmt: skip
+
+
+def test_a_fault_costs_at_the_tokens_in_which_it_came_about(model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    texts = ["Bees can can fly. They eat.", "Bees fly. They fly.", "Bees fly", "Bees fly. Bees can fly. Bees can fly. Yes."]
+    batch = spoken(model, tokenizer, texts, ["stop"] * 4)
+    spans = fault_tokens(batch, tokenizer)
+    assert [row for row, *_ in spans] == [0, 2, 3]
+    for (row, first, last), before, upto in ((spans[0], "Bees ", "Bees can can"), (spans[2], texts[3][:24], texts[3][:37])):
+        said = [tokenizer.decode(batch.completions[row][:k]) for k in (first, first + 1, last, last + 1)]
+        assert len(said[0]) <= len(before) < len(said[1]) and len(said[2]) < len(upto) <= len(said[3])
+    assert spans[1] == (2, len(batch.completions[2]) - 1, len(batch.completions[2]) - 1)  # the end token came too soon
+    rewards = fault_rewards(spans, batch.mask, 2.5)
+    assert rewards.sum(1).tolist() == [-2.5, 0.0, -2.5, -2.5] and rewards[0, spans[0][2]] == -2.5
+
+
+def test_the_tokens_before_a_fault_answer_for_it_less_the_further_they_are() -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    found = fault_advantages([(0, 2, 3), (1, 1, 1), (1, 3, 4)], mask, 2.0, 0.5)
+    assert found.tolist() == [[-0.5, -1.0, -2.0, -2.0, 0.0], [-1.0, -2.0, -1.0, -2.0, -2.0]]  # by hand
+
+
+def test_mixing_in_demonstrations_keeps_them_likely(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    shown = [(prompts[i], [*tokenizer.encode("A plain reply."), tokenizer.eos_ids[0]]) for i in range(2)]
+    config = replace(SMALL, estimator="rloo", updates=4, ptx_replies=2)
+    after = {}
+    for coef in (0.0, 1.0):
+        result = train_ppo(
+            model, tokenizer, reward_for(model, even_share, prefix=f"r{coef}"), prompts=prompts, policy=f"p{coef}",
+            config=replace(config, ptx_coef=coef), demonstrations=shown,
+        )  # fmt: skip
+        batch = collect(
+            [p for p, _ in shown], [r for _, r in shown], texts=["", ""], finish_reasons=["stop"] * 2,
+            logprobs=[[0.0] * len(r) for _, r in shown], group=1, pad_id=model.pad_id,
+        )  # fmt: skip
+        with torch.no_grad():
+            after[coef] = float(reply_logprobs(model, batch, torch.arange(2), result.adapter, 1.0)[0].sum())
+    assert after[1.0] > after[0.0] + 1.0
+
+
+def test_the_mixed_loss_is_the_cross_entropy_of_the_replies(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], tiny_llama: Path
+) -> None:
+    model.lora.create("p", r=2, alpha=4)
+    shown = [(prompts[0], [7, 8, 9]), (prompts[1], [10, 11])]
+    mixed = Mixed(model, tokenizer, shown, spoken(model, tokenizer, ["Hi."], ["stop"]), replace(SMALL, ptx_replies=2))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    nats = 0.0
+    for prompt, reply in shown:
+        with torch.no_grad():
+            logprobs = plain(torch.tensor([[*prompt, *reply]])).logits[0].log_softmax(-1)
+        nats -= sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(reply))
+    assert float(mixed.loss("p", random.Random(0)).detach()) == pytest.approx(nats / 5, abs=1e-4)
+
+
+def test_without_demonstrations_the_references_sound_replies_are_mixed_in(model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    said = spoken(model, tokenizer, ["Bees are small.", "Bees are are small.", "Bees"], ["stop", "stop", "length"])
+    mixed = Mixed(model, tokenizer, (), said, SMALL)
+    assert mixed.batch.completions == [said.completions[0]]
+    with pytest.raises(PPOError, match="ptx_coef"):
+        Mixed(model, tokenizer, (), spoken(model, tokenizer, ["Bees"], ["length"]), SMALL)
+
+
 def test_time_ends_a_run_between_updates(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=replace(SMALL, max_seconds=1e-6))
     assert result.kept_update == 0 and "were up" in result.stopped
@@ -184,8 +267,6 @@ def test_the_same_seed_makes_the_same_policy(model: CausalModel, tokenizer: Chat
 
 
 def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
-    import random
-
     moves = []
     for tokens in (10**6, 40):
         model.lora.create("p", r=4, seed=0)
@@ -197,7 +278,7 @@ def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalMode
         trained = list(model.lora.parameters("p").values())
         before = state(model, "p")
         optimizer = torch.optim.SGD(trained, lr=1.0)
-        learn(model, "p", None, batch, old, advantages, None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
+        learn(model, "p", None, None, batch, old, advantages, None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
         moves.append([b - a for a, b in zip(before, state(model, "p"), strict=True)])
     assert max(float(m.abs().max()) for m in moves[0]) > 1e-4
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(*moves, strict=True))

@@ -26,6 +26,8 @@ from learner.reward import (
     comparisons_loss,
     cross_validate,
     fit_members,
+    held_out_heads,
+    learning_curve,
     linear_probe,
 )
 
@@ -373,3 +375,15 @@ def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
     config = RewardConfig(epochs=2, lr=1e30, head_lr=1e30, lora_r=4)
     with pytest.raises(RewardDiverged):
         fit_members(model, examples, config, 2, 0.01, 0, QUIET)
+
+
+def test_the_learning_curve_rises_with_votes_and_ends_at_the_heads_own_accuracy(model: CausalModel) -> None:
+    examples = shortest_wins(48, seed=5)
+    split = split_folds(examples, 3, 0)
+    features = base_features(RewardModel.create(model, SMALL, 1), examples)
+    curve = learning_curve(examples, features, split, 0.01, seed=0)
+    assert [point["votes"] for point in curve] == [8, 16, 24, 32]
+    heads = held_out_heads(examples, features, split, 0.01)
+    right = [pair_accuracy(scores, examples[i].groups) for i, scores in heads.items()]
+    assert curve[-1]["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+    assert curve[-1]["accuracy"] >= curve[0]["accuracy"] and curve[-1]["accuracy"] > 0.8

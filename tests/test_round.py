@@ -18,6 +18,7 @@ from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
 from learner.data import examples_from_votes
 from learner.ppo import PPOError
+from learner.prompts import PromptsError
 from learner.round import Learner, choose_prompts, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
 from store.records import Completion, NewComparison
@@ -162,6 +163,19 @@ def test_every_kind_of_vote_reaches_the_reward_model(tmp_path: Path, model: Caus
     reward.delete()
 
 
+def test_votes_on_chosen_replies_are_learned_from_but_not_tested_on(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 32)
+        examples = examples_from_votes(store.voted_comparisons(), tokenizer)
+    half = [replace(e, chosen=n % 2 == 0) for n, e in enumerate(examples)]
+    heads_only = replace(QUICK, reward=replace(QUICK.reward, epochs=0))
+    _, judges, report, _ = train_reward(model, half, heads_only, 0, lambda *_: None)
+    assert (report["votes_used"], report["strict"], report["chosen"], report["comparisons"], report["pairs"]) == (32, 32, 16, 16, 16)
+    fitted_to_all = train_reward(model, examples, heads_only, 0, lambda *_: None)[1]
+    assert judges is not None and fitted_to_all is not None
+    assert all(torch.equal(a.head.weight, b.head.weight) for a, b in zip(judges.members, fitted_to_all.members, strict=True))
+
+
 def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple) -> None:
     directory = published[0] / "rounds" / "000001"
     assert list((directory / "tb").glob("events*"))
@@ -287,6 +301,19 @@ def test_practice_and_gate_prompts_are_different_and_come_from_people_first(publ
     assert choose_prompts(voted, tokenizer, QUICK, 3) == prompts != choose_prompts(voted, tokenizer, QUICK, 4)
     few = choose_prompts(voted[:2], tokenizer, QUICK, 3)
     assert len(few.practice) == QUICK.practice_prompts and len(few.held_out) == LOOSE.prompts
+
+
+def test_an_operators_pool_takes_the_place_of_the_bundled_prompts(published: tuple, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    with Store.open(published[0], read_only=True) as store:
+        voted = store.voted_comparisons()
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(400)))
+    config = replace(QUICK, pool=str(tmp_path / "pool.jsonl"))
+    prompts = choose_prompts(voted[:2], tokenizer, config, 3)
+    mine = {tuple(tokenizer.render([{"role": "user", "content": f"Question {i}?"}])) for i in range(400)}
+    own = {tuple(tokenizer.render(list(item.comparison.messages))) for item in voted[:2]}
+    assert set(prompts.practice) | set(prompts.held_out) <= mine | own
+    with pytest.raises(PromptsError, match="no file"):
+        choose_prompts(voted, tokenizer, replace(QUICK, pool=str(tmp_path / "none.txt")), 3)
 
 
 def test_a_round_cut_short_is_abandoned_and_one_that_had_published_is_not(tmp_path: Path, published: tuple) -> None:

@@ -1,4 +1,4 @@
-"""The finetuning loop: where the loss lies, how batches are cut, that it learns, that it resumes."""
+"""The finetuning loop: where the loss lies, how batches are cut, that it learns. That it resumes: test_conformance_update."""
 
 from __future__ import annotations
 
@@ -141,23 +141,6 @@ def test_training_lowers_the_loss_and_teaches_the_replies(tiny_llama: Path, toke
     prompt = tokenizer.apply_chat_template(list(CHAT[:1]), add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)
     assert tokenizer.decode(out[0, prompt["input_ids"].shape[1]:]) == "Hello you<|end|>"
-
-
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
-    tiny_llama: Path, tokenizer, tmp_path: Path, muon: bool
-) -> None:
-    examples = [encode_text(tokenizer, "Bees make honey. " * (1 + i % 4)) for i in range(12)]
-    config = SFTConfig(steps=12, tokens_per_batch=64, lr=1e-3, seed=5, muon=muon)
-    straight, broken = tiny(tiny_llama), tiny(tiny_llama)
-    train(straight, examples, config, pad_id=0)
-    kept = tmp_path / "run.pt"
-    train(broken, examples, config, pad_id=0, checkpoint=kept, stop_after=5)
-    fresh = tiny(tiny_llama)
-    result = train(fresh, examples, config, pad_id=0, checkpoint=kept)
-    assert result.steps == 12
-    for (name, a), b in zip(straight.state_dict().items(), fresh.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny_llama: Path, tokenizer, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from scipy.stats import binomtest
 
-from learner.simulate import Client, SimulateError, prompts_from, simulate, standing
+from learner.prompts import PromptsError, prompts_from
+from learner.simulate import Client, SimulateError, simulate, standing
 
 TEXTS = {"plaudit@base": ["one two three four five six", "one two three four", "one two three", "one two three four five"],
          "plaudit": ["one", "one two three four five", "one two", "one"]}
@@ -77,6 +79,24 @@ def test_people_vote_by_their_taste_and_wait_when_the_server_is_busy() -> None:
         assert len(replies[vote["favourite"]].split()) == 1
 
 
+def test_the_random_voters_pick_anything_and_the_others_their_favourite() -> None:
+    """One of five votes blindly: 15 picks of 4 hit a shortest reply (2 of 4) by chance, all of them once in 30,000 runs."""
+    app = fixed_server()
+    with listening(app) as url:
+        report = simulate(url, ["a", "b"], "shorter", votes=75, noise=0.0, voters=5, random_voters=0.2)
+    right: dict[str, list[bool]] = {}
+    for voter, (replies, vote) in zip(app.state.voters, app.state.votes, strict=True):
+        right.setdefault(voter, []).append(len(replies[vote["favourite"]].split()) == 1)
+    blind = [voter for voter, hits in right.items() if not all(hits)]
+    assert len(right) == 5 and len(blind) == report.random_voters == 1
+    assert binomtest(sum(right[blind[0]]), 15, 0.5).pvalue > 1e-4
+
+
+def test_a_share_of_random_voters_that_is_nobody_is_said() -> None:
+    with pytest.raises(SimulateError, match="give more voters"):
+        simulate("http://127.0.0.1:9", ["a"], "shorter", voters=2, random_voters=0.2)
+
+
 def test_a_standing_is_what_counting_by_hand_gives() -> None:
     app = fixed_server()
     app.state.refusals = 0
@@ -98,10 +118,10 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
 def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SimulateError, match="there are shorter"):
         simulate("http://127.0.0.1:9", ["a"], "nicer")
-    with pytest.raises(SimulateError, match="no file"):
+    with pytest.raises(PromptsError, match="no file"):
         prompts_from(tmp_path / "none.txt")
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(SimulateError, match=r"bad\.jsonl"):
+    with pytest.raises(PromptsError, match=r"bad\.jsonl"):
         prompts_from(tmp_path / "bad.jsonl")
 
 

@@ -9,7 +9,7 @@ from learner.text_checks import (
     broken_rate,
     distinct_n,
     faults,
-    loops,
+    loop,
     refusal,
     refusal_rate,
     repetition,
@@ -52,6 +52,10 @@ BROKEN = {
 }
 
 
+def names(text: str, finish_reason: str = "stop") -> list[str]:
+    return [fault.name for fault in faults(text, finish_reason)]
+
+
 @pytest.mark.parametrize("text", GOOD)
 def test_sound_replies_have_no_fault(text: str) -> None:
     assert faults(text) == []
@@ -59,11 +63,29 @@ def test_sound_replies_have_no_fault(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "fault"), BROKEN.items())
 def test_each_fault_is_named(text: str, fault: str) -> None:
-    assert fault in faults(text)
+    assert fault in names(text)
 
 
 def test_a_reply_that_hit_the_length_limit_is_cut_even_after_a_full_stop() -> None:
-    assert faults("The Moon is round.", "length") == ["cut end"] and not broken("The Moon is round.", "stop")
+    assert names("The Moon is round.", "length") == ["cut end"] and not broken("The Moon is round.", "stop")
+
+
+@pytest.mark.parametrize(("text", "name", "where"), [
+    ("They live in, They help flowers grow.", "sentence after a comma", "n, They h"),
+    ("Bees make honey. Cats sleep a lot. Bees make honey. Yes.", "repeated sentence", "Bees make honey."),
+    ("It goes round and round and round and then stops.", "loop", "round and"),
+    ("we go up we go up we go up and down.", "loop", "we go up"),
+    ("It is in the sea and the", "cut end", ""),
+])  # fmt: skip
+def test_a_fault_is_where_the_reply_became_broken(text: str, name: str, where: str | None) -> None:
+    found = {fault.name: text[fault.start : fault.end] for fault in faults(text)}
+    assert found.get(name) == where
+
+
+def test_the_second_time_is_the_fault_not_the_first() -> None:
+    text = "Bees make honey. Cats sleep a lot. Bees make honey. Yes."
+    [fault] = faults(text)
+    assert fault.start == text.rindex("Bees")
 
 
 def test_sound_prose_of_the_project_itself_raises_no_alarm() -> None:
@@ -94,8 +116,8 @@ def test_the_rate_counts_replies_not_faults() -> None:
 
 
 def test_loops_of_several_words() -> None:
-    assert loops("you know what I mean you know what I mean you know what I mean")
-    assert not loops("you know what I mean, and you know what I said")
+    assert loop("you know what I mean you know what I mean you know what I mean")
+    assert not loop("you know what I mean, and you know what I said")
 
 
 def test_distinct_bigrams_by_hand() -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.source import ModelError
-from engine.tokenizer import ChatTokenizer, IncrementalText
+from engine.tokenizer import WHOLE, ChatTokenizer, IncrementalText
 
 TEXTS = [
     "plain words, a few of them.",
@@ -125,3 +125,14 @@ def test_a_conversation_that_the_template_refuses_is_a_value_error(tiny_llama: P
     strict.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="start with user"):
         ChatTokenizer.load(tmp_path).render([{"role": "system", "content": "Be brief."}])
+
+
+def test_a_tokenizer_that_is_all_in_its_file_is_what_the_auto_class_gives(tiny_llama: Path) -> None:
+    about = json.loads((tiny_llama / "tokenizer_config.json").read_text("utf-8"))
+    assert about["tokenizer_class"] in WHOLE, "else this test compares a thing with itself"
+    ours, theirs = ChatTokenizer.load(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    chat = [{"role": "user", "content": TEXTS[2]}]
+    assert ours.render(chat) == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ours.hf.eos_token_id == theirs.eos_token_id and ours.pad_id == theirs.pad_token_id

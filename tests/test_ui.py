@@ -215,7 +215,7 @@ def test_streamed_replies_arrive_whole_and_apart(n: int) -> None:
         assert [p.finish_reason for p in pieces if p.index == index][-1] == "stop"
     assert {p.comparison_id for p in pieces} == {"cmp-1"}
     assert fake.asked == [{"model": "plaudit", "messages": [{"role": "user", "content": "Hi"}], "n": n, "stream": True,
-                           "metadata": {"conversation_id": "conv-9"}}]
+                           "metadata": {"choice": "active", "conversation_id": "conv-9"}}]
     assert fake.headers[0]["plaudit-voter"] == "voter-1"
 
 
@@ -431,12 +431,29 @@ def test_a_rejected_version_names_its_failing_checks_and_cannot_be_promoted() ->
 
 
 def test_a_chart_puts_its_points_where_the_figures_say() -> None:
-    rows = [{"round": 1, "v": 0.0}, {"round": 2, "v": 0.5}, {"round": 3, "v": 1.0}]
-    svg = figures.chart("t", rows, lambda r: r["v"], lambda r: None, line=0.5, unit=100, mark="chance")
+    svg = figures.chart("t", [(1, 0.0, None), (2, 0.5, None), (3, 1.0, None)], "Round", line=0.5, mark="chance")
     points = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
     (x1, bottom), (x2, middle), (x3, top) = points
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and bottom - middle == pytest.approx(middle - top, abs=0.2)
     assert f'y1="{middle:.1f}" y2="{middle:.1f}"' in svg, "the chance line is at one half"
+
+
+def test_a_reliability_diagram_lies_on_its_diagonal_where_confidence_is_right() -> None:
+    row = {"round": 3, "reward": {"reliability": [{"confidence": c, "right": c, "share": 0.3} for c in (0.55, 0.75, 0.95)]}}
+    svg = figures.charts([row]).split("Right, against", 1)[1]
+    found = re.search(r'class="level" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="([\d.]+)"', svg)
+    assert found is not None
+    x1, x2, y1, y2 = map(float, found.groups())
+    points = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert len(points) == 3
+    for cx, cy in points:
+        assert float(cy) == pytest.approx(y1 + (y2 - y1) * (float(cx) - x1) / (x2 - x1), abs=0.2)
+
+
+def test_accuracy_against_votes_is_drawn_for_the_last_round_that_has_it() -> None:
+    curve = [{"votes": 10, "accuracy": 0.6}, {"votes": 40, "accuracy": 0.8}]
+    html = figures.charts([{"round": 1, "reward": {"learning_curve": curve}}, {"round": 2, "reward": None}])
+    assert "Votes 40: 80%" in html and "Votes 10: 60%" in html
 
 
 # --- mounted

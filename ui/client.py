@@ -94,9 +94,10 @@ class ApiClient:
         self, who: Visitor, messages: list[JSON], n: int, conversation_id: str | None = None
     ) -> AsyncIterator[Piece]:
         """Stream `n` replies to `messages`, piece by piece as they are written. Raises `Problem`."""
-        body: JSON = {"model": "plaudit", "messages": messages, "n": n, "stream": True}
+        metadata = {"choice": "active"}  # what is shown may be chosen for what a vote on it teaches
         if conversation_id:
-            body["metadata"] = {"conversation_id": conversation_id}
+            metadata["conversation_id"] = conversation_id
+        body: JSON = {"model": "plaudit", "messages": messages, "n": n, "stream": True, "metadata": metadata}
         try:
             async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=who.headers) as answer:
                 if answer.is_error:

@@ -5,7 +5,6 @@ Pure functions from the API's JSON to HTML. A field that is missing or odd shows
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ui.render import plain
@@ -225,65 +224,80 @@ def charts(rows: list[JSON]) -> str:
     rows = sorted(rows, key=lambda r: number(r.get("round")) or 0)[-40:]
     if not rows:
         return ""
-    drawn = [
-        chart("Reward model: held-out accuracy", rows, lambda r: accuracy_of(r)[0], lambda r: pair(accuracy_of(r)[1]), line=0.5, unit=100, mark="chance"),
-        chart("Win rate against the version before", rows, win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), line=0.5, unit=100, mark="even"),
-        chart("KL from the reference (nats)", rows, kl_of, lambda r: None, line=None, unit=1, mark=""),
+    per_round = [
+        ("Reward model: held-out accuracy", lambda r: accuracy_of(r)[0], lambda r: pair(accuracy_of(r)[1]), True, 0.5, "chance"),
+        ("Win rate against the version before", win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), True, 0.5, "even"),
+        ("KL from the reference (nats)", kl_of, lambda r: None, False, None, ""),
+    ]
+    drawn = []
+    for title, value_of, interval_of, share, line, mark in per_round:
+        points = [(number(r.get("round")) or 0, number(value_of(r)), interval_of(r)) for r in rows]
+        drawn.append(chart(title, points, "Round", share=share, line=line, mark=mark))
+    tested = next((r for r in reversed(rows) if find(r, "reward.learning_curve") or find(r, "reward.reliability")), {})
+    drawn += [
+        chart("Accuracy against votes, last round", curve_of(tested, "learning_curve", "votes", "accuracy"), "Votes", line=0.5, mark="chance"),
+        chart("Right, against how sure it was", curve_of(tested, "reliability", "confidence", "right"), "Confidence", line="diagonal"),
     ]
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def chart(
-    title: str,
-    rows: list[JSON],
-    value_of: Callable[[JSON], Any],
-    interval_of: Callable[[JSON], tuple[float, float] | None],
-    *,
-    line: float | None,
-    unit: int,
-    mark: str,
-) -> str:
-    """One SVG chart. `line` is drawn dashed and named `mark`; `unit` 100 shows fractions as percentages."""
-    points = [(number(r.get("round")) or 0, number(value_of(r)), interval_of(r)) for r in rows]
-    known = [(n, v, i) for n, v, i in points if v is not None]
+Point = tuple[float, float | None, tuple[float, float] | None]  # x, value, interval
+
+
+def curve_of(row: JSON, name: str, x: str, y: str) -> list[Point]:
+    """The points of one curve in a round's reward report."""
+    found = find(row, f"reward.{name}")
+    points = [(number(p.get(x)), number(p.get(y))) for p in found if isinstance(p, dict)] if isinstance(found, list) else []
+    return [(a, b, None) for a, b in points if a is not None]
+
+
+def chart(title: str, points: list[Point], names: str, *, share: bool = True, line: float | str | None = None, mark: str = "") -> str:
+    """One SVG chart of points in the order of x, which `names` names. A share runs from 0% to 100%. `line` is drawn dashed
+    and named `mark`: at a height, or "diagonal", where x and y are equal."""
+    known = [(x, v, i) for x, v, i in points if v is not None]
     if not known:
         return f'<figure class="chart"><figcaption>{plain(title)}</figcaption><p class="note">Nothing measured yet.</p></figure>'
     width, height, left, top, right, bottom = 320, 150, 36, 12, 12, 22
-    low, high = (0.0, 1.0) if unit == 100 else (0.0, max(1e-9, 1.15 * max(v for _, v, _ in known)))
-    first, last = min(n for n, _, _ in known), max(n for n, _, _ in known)
+    low, high = (0.0, 1.0) if share else (0.0, max(1e-9, 1.15 * max(v for _, v, _ in known)))
+    first, last = (0.5, 1.0) if line == "diagonal" else (min(x for x, _, _ in known), max(x for x, _, _ in known))
 
-    def x(n: float) -> float:
-        return left + (width - left - right) * ((n - first) / (last - first) if last > first else 0.5)
+    def across(x: float) -> float:
+        return left + (width - left - right) * ((min(last, max(first, x)) - first) / (last - first) if last > first else 0.5)
 
-    def y(v: float) -> float:
+    def up(v: float) -> float:
         return top + (height - top - bottom) * (1 - (min(high, max(low, v)) - low) / (high - low))
 
     def label(v: float) -> str:
-        return f"{v * unit:.0f}%" if unit == 100 else f"{v:.3g}"
+        return f"{v * 100:.0f}%" if share else f"{v:.3g}"
+
+    def place(x: float) -> str:
+        return f"{x * 100:.0f}%" if line == "diagonal" else f"{x:.0f}"
 
     parts = [
-        f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-        f'<text class="tick" x="{left - 6}" y="{y(v) + 3.5:.1f}" text-anchor="end">{label(v)}</text>'
+        f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(v):.1f}" y2="{up(v):.1f}"/>'
+        f'<text class="tick" x="{left - 6}" y="{up(v) + 3.5:.1f}" text-anchor="end">{label(v)}</text>'
         for v in (low, (low + high) / 2, high)
     ]
-    if line is not None:
+    if line == "diagonal":
+        parts.append(f'<line class="level" x1="{across(first):.1f}" x2="{across(last):.1f}" y1="{up(first):.1f}" y2="{up(last):.1f}"/>')
+    elif isinstance(line, float):
         parts.append(
-            f'<line class="level" x1="{left}" x2="{width - right}" y1="{y(line):.1f}" y2="{y(line):.1f}"/>'
-            f'<text class="tick" x="{width - right}" y="{y(line) - 4:.1f}" text-anchor="end">{mark}</text>'
+            f'<line class="level" x1="{left}" x2="{width - right}" y1="{up(line):.1f}" y2="{up(line):.1f}"/>'
+            f'<text class="tick" x="{width - right}" y="{up(line) - 4:.1f}" text-anchor="end">{mark}</text>'
         )
-    for n, _, interval in known:
+    for x, _, interval in known:
         if interval:
-            parts.append(f'<line class="spread" x1="{x(n):.1f}" x2="{x(n):.1f}" y1="{y(interval[0]):.1f}" y2="{y(interval[1]):.1f}"/>')
-    path = " ".join(f"{'L' if i else 'M'}{x(n):.1f} {y(v):.1f}" for i, (n, v, _) in enumerate(known))
+            parts.append(f'<line class="spread" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{up(interval[0]):.1f}" y2="{up(interval[1]):.1f}"/>')
+    path = " ".join(f"{'L' if i else 'M'}{across(x):.1f} {up(v):.1f}" for i, (x, v, _) in enumerate(known))
     parts.append(f'<path class="line" d="{path}"/>')
     parts += [
-        f'<circle cx="{x(n):.1f}" cy="{y(v):.1f}" r="3.5"><title>Round {n:.0f}: {label(v)}</title></circle>' for n, v, _ in known
+        f'<circle cx="{across(x):.1f}" cy="{up(v):.1f}" r="3.5"><title>{names} {place(x)}: {label(v)}</title></circle>' for x, v, _ in known
     ]
-    parts.append(f'<text class="tick" x="{x(first):.1f}" y="{height - 6}" text-anchor="middle">{first:.0f}</text>')
-    if last > first:
-        parts.append(f'<text class="tick" x="{x(last):.1f}" y="{height - 6}" text-anchor="middle">{last:.0f}</text>')
+    for end in dict.fromkeys((first, last)):
+        parts.append(f'<text class="tick" x="{across(end):.1f}" y="{height - 6}" text-anchor="middle">{place(end)}</text>')
     newest = known[-1]
     return (
         f'<figure class="chart"><figcaption>{plain(title)}<b>{label(newest[1])}</b></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{plain(title)}: {label(newest[1])} in round {newest[0]:.0f}">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{plain(title)}: {label(newest[1])} at {names.lower()} {place(newest[0])}">'
+        f'{"".join(parts)}</svg></figure>'
     )
