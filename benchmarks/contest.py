@@ -27,20 +27,21 @@ class ContestError(Exception):
     """A contestant is not there or did not finish; the message says what to do or shows the end of its log."""
 
 
-def peer_python(env: Mapping[str, str] = os.environ, built: Path = PEERS) -> Path:
-    """The interpreter that has TRL: `PLAUDIT_PEERS` (a virtual environment or its python), else what `make peers` built.
+def peer_python(named: Path | None = None, env: Mapping[str, str] = os.environ, built: Path = PEERS) -> Path:
+    """The interpreter that has TRL: `named` or `PLAUDIT_PEERS` (a virtual environment or its python), else what `make peers` built.
 
     Raises ContestError when it is absent.
     """
-    named = env.get("PLAUDIT_PEERS", "")
-    python = Path(named) if named else built
+    if named is None and env.get("PLAUDIT_PEERS"):
+        named = Path(env["PLAUDIT_PEERS"])
+    python = built if named is None else named
     if python.is_dir():
         python = python / "bin" / "python"
     if not os.access(python, os.X_OK):
         raise ContestError(
-            f"PLAUDIT_PEERS is {named}, where there is no python: point it at a virtual environment with benchmarks/peers.txt"
-            if named
-            else "the peers are not installed: run `make peers`, or set PLAUDIT_PEERS to a virtual environment with benchmarks/peers.txt"
+            "the peers are not installed: run `make peers`, or set PLAUDIT_PEERS to a virtual environment with benchmarks/peers.txt"
+            if named is None
+            else f"there is no python at {named}: point --peers-python or PLAUDIT_PEERS at a virtual environment with benchmarks/peers.txt"
         )
     return python.absolute()  # not resolved: the link is what makes it a virtual environment
 

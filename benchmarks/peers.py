@@ -1,284 +1,236 @@
 """From the same votes to a policy: ours against TRL's PPO, RLOO, OnlineDPO and DPO, at equal time and at equal rollouts.
 
-`make peers`, then `python -m benchmarks.peers [--taste friendly] [--votes 60]`. A known taste votes (with noise) on replies
-of the base model; the votes are kept in a file that every side reads. Ours is a round's reward model and PPO with the
-shipped settings; its wall clock and its number of rollouts become the peers' budgets. Peers train with LoRA of our rank,
-each at two learning rates, of which the better (by the gold judge itself, and for each budget anew) is reported; what else
-they are given is in `benchmarks/peer/policies.py`. One contestant after the other, each in a process of its own.
+`make peers`, then `python -m benchmarks.peers [--tastes friendly] [--votes 60]`. For each taste and seed, people of that
+taste (with noise) vote on 4 replies of the base; both sides read the same file of votes. Ours is what a round trains:
+reward model and policy with the shipped settings (the gate, which no peer has, is left out on both sides). Its wall clock
+and its number of rollouts are the peers' budgets. Peers train with LoRA of our rank at two learning rates; for each
+budget the better one is reported, by the gold judge itself, which favours them; what else they are given is in
+`benchmarks/peer/policies.py`. DPO samples nothing: its 3 passes count for a budget where they took no more of it. One
+contestant after the other, each in a process of its own.
 
 The judge is the taste: win rate against base on held-out prompts, by our engine with the adapter each side saved, beside
-the nats a reply from base, the share of broken replies and what the taste's best of 8 base replies wins. JSON last; exit
-status 1 when a target is missed.
+KL, broken replies, seconds an update and peak memory. JSON last; exit status 1 when a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import Contestant, ContestError, Finished, Turns, peer_python
-from benchmarks.votes import Votes, collect
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from benchmarks import rival
+from benchmarks.contest import ContestError, Finished, Turns, peer_python
+from benchmarks.judge import SAMPLES, Judge, Judged
+from benchmarks.votes import People, picks_on
+from engine.engine import BASE
+from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
+from learner.config import LearnerConfig
+from learner.data import examples_from_votes
+from learner.metrics import paired_difference
+from learner.ppo import train_ppo
+from learner.prompts import POOL, prompts_from
+from learner.round import choose_prompts, train_reward
+from learner.tastes import taste_named
+from server.settings import STARTER
+from store.records import VotedComparison
 
 METHODS = ("ppo", "rloo", "online_dpo", "dpo")
-RATES = {"low": 1e-4, "high": 1e-3}  # TRL's defaults are 1e-6 to 3e-6 for full models; LoRA takes 10 to 100 times as much
-TARGETS = {"update": 0.5, "memory": 0.5}  # ours over TRL's PPO
-OURS = "ours"
+TARGETS = {"update": 0.5, "memory": 0.5}  # ours over TRL's PPO, at most
+OURS, POLICY = "ours", "policy"
+COUNTS = {"seconds": ("seconds", "passes"), "rollouts": ("rollouts", "passes")}  # budget -> stops that may lie within it
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the taste says of a policy. points: (prompts,) share of its replies that are liked better than base's."""
+class Run:
+    """One policy: whose, at which rate, kept at which stop, what it took and what the taste says of it."""
 
-    win_rate: float
-    low: float
-    high: float
-    kl: float
-    broken: float
-    length: float
-    points: tuple[float, ...]
+    method: str
+    rate: str  # of rival.RATES; "" for ours
+    stop: str  # seconds, rollouts or passes; "both" for ours
+    judged: Judged
+    seconds: float
+    rollouts: float
+    reward_s: float  # of them, for the reward model
+    update_s: float | None  # seconds for as many rollouts as one of our updates has; None where it samples nothing
+    peak_bytes: int
+    note: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """One line of the report."""
+        return {name: value for name, value in vars(self).items() if name != "judged"} | self.judged.row()
+
+    def show(self) -> None:
+        """One line for a person."""
+        update = f"{self.update_s:.2f} s" if self.update_s else "-"
+        j = self.judged
+        print(f"{self.method:<11}{self.rate:<5} {self.stop:<9} wins {j.win_rate:.3f} ({j.low:.3f} to {j.high:.3f}) KL {j.kl:6.2f} "
+              f"broken {j.broken:.3f} length {j.length:5.1f} | {self.seconds:.0f} s, {self.rollouts:.0f} rollouts, an update {update}, "
+              f"{self.peak_bytes / 1e9:.2f} GB {self.note}", flush=True)  # fmt: skip
 
 
 def main() -> None:
     """Run the benchmark, or be its own contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--taste", default="friendly", help="of learner/tastes.py")
+    parser.add_argument("--tastes", nargs="+", default=["friendly"], help="of learner/tastes.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--votes", type=int, default=60)
-    parser.add_argument("--noise", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", type=int, default=100, help="prompts that the judge asks")
-    parser.add_argument("--samples", type=int, default=4, help="replies a prompt that the judge reads")
+    parser.add_argument("--noise", type=float, default=0.1, help="share of votes for any other reply than the favourite")
+    parser.add_argument("--held-out", type=int, default=100, help="prompts that the taste judges on")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--model", default="", help="default the bundled starter model")
-    parser.add_argument("--keep", type=Path, default=Path("tmp/peers"), help="votes, adapters and logs; votes there are used again")
+    parser.add_argument("--rates", nargs="+", choices=list(rival.RATES), default=list(rival.RATES))
+    parser.add_argument("--model", default=str(STARTER))
+    parser.add_argument("--keep", type=Path, default=Path("tmp/peers"), help="where votes, adapters and logs stay")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of our learner, e.g. ppo.updates=4")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers-python", type=Path, help="interpreter with TRL; default PLAUDIT_PEERS, else what `make peers` built")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)  # be the contestant
     args = parser.parse_args()
     if args.ours:
         contend()
         return
     try:
-        report = measure(peer_python(), args)
+        peer = peer_python(named=args.peers_python)
+        torch.set_num_threads(args.threads)
+        contests = [contest(peer, taste, seed, args) for taste in args.tastes for seed in args.seeds]
     except ContestError as error:
         raise SystemExit(str(error)) from None
-    print(json.dumps({"benchmark": "peers", "targets": TARGETS, "rates": RATES, "cpus": os.cpu_count(), "threads": args.threads, **report}))
-    raise SystemExit(0 if report["met"] else 1)
+    found = summary([row for each in contests for row in each["best"]], [each["ratios"] for each in contests])
+    for method, gain in found["ahead_by"].items():
+        print(f"ours over {method:<11} mean gain in gold win rate {gain['seconds']:+.3f} at equal time, {gain['rollouts']:+.3f} at equal rollouts")
+    machine = {"cpus": os.cpu_count(), "torch": torch.__version__, "threads": args.threads}
+    print(json.dumps({"benchmark": "peers", "votes": args.votes, "noise": args.noise, "model": Path(args.model).name, "targets": TARGETS,
+                      "rates": {rate: rival.RATES[rate] for rate in args.rates}, "machine": machine, **found, "contests": contests}))  # fmt: skip
+    raise SystemExit(0 if all(found["met"].values()) else 1)
 
 
-def measure(peer: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Votes, ours, every peer at every rate, the judge; the report."""
-    import torch
+def contest(peer: Path, taste: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One taste and seed: votes, ours, every peer at every rate, the judge. Raises ContestError."""
+    config = LearnerConfig().override({"seed": str(seed)} | dict(s.split("=", 1) for s in args.set))
+    model, tokenizer = CausalModel.load(args.model), ChatTokenizer.load(args.model)
+    held_out = random.Random(seed).sample(prompts_from(held_out=True), args.held_out)
+    judge = Judge(model, tokenizer, taste_named(taste), held_out, seed)
+    folder = args.keep / f"{taste.replace(':', '-')}-{args.votes}-{args.noise:g}-{seed}"
+    voted = vote(judge, People(judge.liking, noise=args.noise, careless=0.0, seed=seed), args.votes)
+    votes = rival.write_votes(folder / "votes.json", voted, practice_of(voted, tokenizer, config))
 
-    from learner.config import LearnerConfig
-
-    torch.set_num_threads(args.threads)
-    judge = Judge(args)
-    directory = (args.keep / f"{args.taste.replace(':', '-')}-{args.votes}-{args.noise:g}-{args.seed}").absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    votes_file = judge.votes_file(directory / "votes.json", args)
-    ppo = LearnerConfig().override(dict(setting.split("=", 1) for setting in args.set)).ppo
-    job = {"model": judge.source, "votes": str(votes_file), "seed": args.seed, "settings": args.set,
-           "update_rollouts": ppo.prompts_per_update * ppo.replies_per_prompt, "replies_per_prompt": ppo.replies_per_prompt,
-           "max_new_tokens": ppo.max_new_tokens, "lora_r": ppo.lora_r, "lora_alpha": ppo.lora_alpha}  # fmt: skip
-
-    answer = contest(OURS, [sys.executable, "-m", "benchmarks.peers", "--ours"], job | {"out": str(directory / OURS)}, args.threads)
-    budget = {"budget_s": answer["total_s"], "rollouts": answer["rollouts"]}
-    mine = judge.judge(OURS, directory / OURS / "policy" if answer["trained"] else None)
-    rows = [row_of(OURS, "", "both", answer, mine)]
-    shown(rows[-1])
-    print(f"budgets: {budget['budget_s']:.0f} s, {budget['rollouts']} rollouts; best of 8 base replies wins {judge.best_of:.3f}", flush=True)
-    judged: dict[tuple[str, str, str], Judged] = {}
+    task = rival.job(args.model, votes, config.ppo, seed=seed, stops={}) | {"settings": config.to_dict()}
+    answer = rival.run(OURS, [sys.executable, "-m", "benchmarks.peers", "--ours"], task, folder / OURS, args.threads)
+    mine = Run(OURS, "", "both", judge.judge(folder / OURS / POLICY if answer.pop("trained") else None), **answer)
+    print(f"{taste}, seed {seed}: best of 8 base replies wins {judge.best_of:.3f}, base has {judge.base_broken:.3f} broken")
+    mine.show()
+    runs = []
+    budget = {"seconds": mine.seconds, "rollouts": mine.rollouts}
     for method in args.methods:
         for rate in args.rates:
-            out = directory / f"{method}-{rate}"
-            task = job | budget | {"method": method, "lr": RATES[rate], "out": str(out)}
-            answer = contest(f"{method}-{rate}", [peer, "-m", "benchmarks.peer.policies"], task, args.threads)
-            for at in ("time", "rollouts"):
-                judged[method, rate, at] = judge.judge(f"{method}-{rate}-{at}", out / at)
-                rows.append(row_of(method, rate, at, answer, judged[method, rate, at]))
-                shown(rows[-1])
-    best = [better(rows, judged, mine, method, at) for method in args.methods for at in ("time", "rollouts")]
-    ratios = against_ppo(rows)
-    ahead = all(row["win_rate"] < mine.win_rate for row in best if row["at"] == "time")
-    met = ahead and all(ratios[name] <= TARGETS[name] for name in ratios)
-    for row in best:
-        print(f"{row['method']:<11} at equal {row['at']:<9} {row['win_rate']:.3f} (rate {row['rate']}); ours is ahead by "
-              f"{row['behind']:+.3f} +- {row['half_width']:.3f}", flush=True)  # fmt: skip
-    said = {"taste": args.taste, "votes": args.votes, "noise": args.noise, "seed": args.seed, "model": Path(judge.source).name,
-            "held_out": len(judge.prompts), "best_of_8": judge.best_of, "base_broken": judge.base_broken, "base_length": judge.base_length}  # fmt: skip
-    return said | budget | {"met": met, "ahead_at_equal_time": ahead, "ratios": ratios, "best": best, "rows": rows}
+            stops = {"seconds": budget["seconds"]} | ({"passes": rival.DPO_PASSES} if method == "dpo" else {"rollouts": budget["rollouts"]})
+            out = folder / f"{method}-{rate}"
+            answer = rival.run_peer(peer, method, rate, task | {"stops": stops}, out, args.threads)
+            for stop, spent in answer["saved"].items():
+                run = Run(method, rate, stop, judge.judge(out / stop), spent["seconds"], spent["rollouts"],
+                          answer["reward_s"], answer["update_s"], answer["peak_bytes"])  # fmt: skip
+                runs.append(run)
+                run.show()
+    best = [beside(mine, fit, at) for method in args.methods for at in COUNTS if (fit := best_within(runs, method, at, budget[at]))]
+    return {"taste": taste, "seed": seed, "budget": budget, "ratios": against_ppo(mine, runs), "best": best,
+            "rows": [run.row() for run in (mine, *runs)]}  # fmt: skip
 
 
-def contest(name: str, command: Sequence[str | Path], job: dict[str, Any], threads: int) -> dict[str, Any]:
-    """One contestant's whole run, in a process of its own."""
-    out = Path(job["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    with Contestant(name, command, out / "log.txt", threads=threads) as contestant:
-        return contestant.turn(**job)
+def vote(judge: Judge, people: People, votes: int) -> list[VotedComparison]:
+    """So many votes on replies of the base, to prompts drawn without repeating while there are any left."""
+    draw, deck, asked = random.Random(f"course/{judge.seed}"), list[str](), list[str]()
+    while len(asked) < votes:
+        deck = deck or draw.sample(prompts_from(), len(prompts_from()))
+        asked.append(deck.pop())
+    return picks_on(people, asked, judge.sample(asked, SAMPLES, None, 100), SAMPLES, BASE)
 
 
-def row_of(method: str, rate: str, at: str, answer: dict[str, Any], judged: Judged) -> dict[str, Any]:
-    """One line of the report. at: "time" or "rollouts", which budget it was stopped by."""
-    figures = {name: value if name == "points" else round(value, 4) for name, value in asdict(judged).items()}
-    del figures["points"]
-    stopped = answer.get("saved", {}).get(at, {"seconds": answer.get("total_s"), "rollouts": answer.get("rollouts")})
-    return {"method": method, "rate": rate, "at": at, **figures, "seconds": stopped["seconds"], "rollouts": stopped["rollouts"],
-            "reward_s": answer["reward_s"], "update_s": answer["update_s"], "peak_bytes": answer["peak_bytes"],
-            **({"note": answer["note"]} if answer.get("note") else {})}  # fmt: skip
+def practice_of(voted: Sequence[VotedComparison], tokenizer: ChatTokenizer, config: LearnerConfig) -> list[dict[str, Any]]:
+    """The prompts that a round would practise on, with their words, which some peers want."""
+    lines = {item.comparison.messages[-1]["content"] for item in voted} | set(prompts_from(Path(config.pool) if config.pool else POOL))
+    words = {tuple(tokenizer.render([{"role": "user", "content": line}])): line for line in sorted(lines)}
+    return [{"prompt": words[ids], "ids": ids} for ids in choose_prompts(voted, tokenizer, config, config.seed).practice]
 
 
-def shown(row: dict[str, Any]) -> None:
-    """One line for a person."""
-    update = f"{row['update_s']:.2f} s" if row["update_s"] else "-"
-    print(f"{row['method']:<11}{row['rate']:<5} {row['at']:<9} wins {row['win_rate']:.3f} ({row['low']:.3f} to {row['high']:.3f}) "
-          f"KL {row['kl']:6.2f} broken {row['broken']:.3f} length {row['length']:5.1f} | {row['seconds']:.0f} s, {row['rollouts']:.0f} rollouts, "
-          f"an update {update}, {row['peak_bytes'] / 1e9:.2f} GB {row.get('note', '')}", flush=True)  # fmt: skip
+def best_within(runs: Sequence[Run], method: str, at: str, budget: float) -> Run | None:
+    """The policy of `method` that won most of those that a budget bought: stopped by it, or done before it was used."""
+    spent = {"seconds": lambda run: run.seconds, "rollouts": lambda run: run.rollouts}[at]
+    fit = [run for run in runs if run.method == method and (run.stop == at or (run.stop in COUNTS[at] and spent(run) <= budget))]
+    return max(fit, key=lambda run: run.judged.win_rate, default=None)
 
 
-def better(rows: Sequence[dict[str, Any]], judged: dict[tuple[str, str, str], Judged], mine: Judged, method: str, at: str) -> dict[str, Any]:
-    """The learning rate at which `method` won most, and how far it is behind ours (paired by prompt, 95%)."""
-    from learner.metrics import paired_difference
-
-    row = max((row for row in rows if row["method"] == method and row["at"] == at), key=lambda row: row["win_rate"])
-    theirs = judged[method, row["rate"], at]
-    gain, half = paired_difference(mine.points, theirs.points, range(len(mine.points)))
-    return {name: row[name] for name in ("method", "rate", "at", "win_rate", "kl", "broken")} | {
-        "behind": round(gain, 4), "half_width": round(half, 4) if math.isfinite(half) else None
-    }
+def beside(mine: Run, theirs: Run, at: str) -> dict[str, Any]:
+    """How far ours is ahead in gold win rate (paired by prompt, 95%)."""
+    gain, half = paired_difference(mine.judged.points, theirs.judged.points, range(len(mine.judged.points)))
+    return {"method": theirs.method, "at": at, "rate": theirs.rate, "stop": theirs.stop, "win_rate": round(theirs.judged.win_rate, 4),
+            "ours": round(mine.judged.win_rate, 4), "ahead_by": round(gain, 4), "half_width": round(half, 4)}  # fmt: skip
 
 
-def against_ppo(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Ours over TRL's PPO, the most favourable of its runs: seconds an update of as many rollouts, and peak memory."""
-    ours, theirs = rows[0], [row for row in rows if row["method"] == "ppo"]
-    if not theirs or not ours["update_s"]:
+def against_ppo(mine: Run, runs: Sequence[Run]) -> dict[str, float]:
+    """Ours over the least that TRL's PPO took at any rate: seconds an update, and peak memory. Empty where one has none."""
+    theirs = [run for run in runs if run.method == "ppo"]
+    if not theirs or mine.update_s is None:
         return {}
     return {
-        "update": round(ours["update_s"] / min(row["update_s"] for row in theirs), 3),
-        "memory": round(ours["peak_bytes"] / min(row["peak_bytes"] for row in theirs), 3),
+        "update": round(mine.update_s / min(run.update_s for run in theirs if run.update_s), 3),
+        "memory": round(mine.peak_bytes / min(run.peak_bytes for run in theirs), 3),
     }
 
 
-class Judge:
-    """The taste and the base's replies that it compares with; also the only one who samples the votes."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        from engine.engine import BASE, Engine
-        from engine.model import CausalModel
-        from engine.tokenizer import ChatTokenizer
-        from learner.simulate import prompts_from
-        from learner.tastes import taste_named, win_rate
-        from learner.text_checks import broken_rate
-        from server.settings import STARTER
-
-        self.source = args.model or str(STARTER)
-        self.model, self.tokenizer = CausalModel.load(self.source), ChatTokenizer.load(self.source)
-        self.taste, self.seed, self.samples = taste_named(args.taste), args.seed, args.samples
-        held_out = prompts_from(held_out=True)
-        self.prompts = random.Random(args.seed).sample(held_out, min(args.held_out, len(held_out)))
-        self.ids = [self.tokenizer.render([{"role": "user", "content": p}]) for p in self.prompts]
-        self.engine = Engine(self.model, self.tokenizer, max_sequences=32, max_context=min(self.model.max_context, max(map(len, self.ids)) + 256))
-        base = self.sample(BASE, self.samples, 1)
-        self.base = base.texts
-        self.base_broken, self.base_length = broken_rate(zip(base.texts, base.finish_reasons, strict=True)), float(base.lengths.float().mean())
-        eight = self.sample(BASE, 8, 2).texts
-        best = [max(eight[8 * i : 8 * i + 8], key=self.taste) for i in range(len(self.prompts)) for _ in range(self.samples)]
-        self.best_of = win_rate(self.taste, best, self.base)
-
-    def sample(self, version: str, group: int, stream: int) -> Any:
-        """`group` replies to each held-out prompt."""
-        from learner import rollout
-
-        return rollout.sample(self.engine, self.ids, version=version, group=group, max_tokens=256, temperature=1.0, seed=(self.seed * 10 + stream) * 1_000_003)
-
-    def votes_file(self, path: Path, args: argparse.Namespace) -> Path:
-        """The votes: those kept at `path` where they are of this base and this run, else new ones."""
-        from engine.engine import Engine
-        from learner.round import POOL
-        from learner.simulate import prompts_from
-
-        if path.exists():
-            kept = Votes.load(path)
-            if kept.base_digest == self.model.digest and len(kept.votes) == args.votes:
-                return path
-        prompts, pool = prompts_from(), [line.strip() for line in POOL.read_text("utf-8").splitlines() if line.strip()]
-        longest = max(len(self.tokenizer.render([{"role": "user", "content": p}])) for p in prompts)
-        engine = Engine(self.model, self.tokenizer, max_sequences=32, max_context=min(self.model.max_context, longest + 256))
-        collect(engine, args.taste, prompts, pool, votes=args.votes, noise=args.noise, seed=args.seed).save(path)
-        return path
-
-    def judge(self, name: str, adapter: Path | None) -> Judged:
-        """Judge the policy saved at `adapter` (PEFT); None is the base itself."""
-        from engine.engine import BASE
-        from learner.gate import reply_kl
-        from learner.metrics import clustered_accuracy
-        from learner.text_checks import broken_rate
-
-        version = BASE if adapter is None else name
-        if adapter is not None:
-            self.model.lora.load(name, adapter)
-        batch = self.sample(version, self.samples, 3)
-        points = [
-            (self.taste(a) > self.taste(b)) + 0.5 * (self.taste(a) == self.taste(b)) for a, b in zip(batch.texts, self.base, strict=True)
-        ]
-        by_prompt = [sum(points[i : i + self.samples]) / self.samples for i in range(0, len(points), self.samples)]
-        share = clustered_accuracy(by_prompt)
-        kl = 0.0 if adapter is None else float(reply_kl(self.model, batch, name, None, 1.0).mean())
-        if adapter is not None:
-            self.model.lora.delete(name)
-        return Judged(
-            share.value, share.low, share.high, kl, broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)),
-            float(batch.lengths.float().mean()), tuple(by_prompt),
-        )  # fmt: skip
+def summary(best: Sequence[dict[str, Any]], ratios: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Mean gains over all tastes and seeds, the median ratios, and which targets are met (a target nobody measured is not)."""
+    ahead: dict[str, dict[str, float]] = {}
+    for row in best:
+        these = [r["ahead_by"] for r in best if (r["method"], r["at"]) == (row["method"], row["at"])]
+        ahead.setdefault(row["method"], {})[row["at"]] = round(statistics.fmean(these), 4)
+    median = {name: statistics.median(found[name] for found in ratios if found) for name in TARGETS if any(ratios)}
+    met = {name: name in median and median[name] <= limit for name, limit in TARGETS.items()}
+    met["ahead_at_equal_time"] = bool(ahead) and all(gain["seconds"] > 0 for gain in ahead.values())
+    return {"met": met, "ahead_by": ahead, "ratios": median}
 
 
 def contend() -> None:
-    """Be our contestant: a round's reward model and PPO on the votes of the request."""
-    import torch
-
+    """Be our contestant: what a round trains, on the votes of the request."""
     turns = Turns()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         while True:
-            turns.say(**run(turns.wait()))
+            turns.say(**trained(turns.wait()))
     except Finished:
         pass
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train on the votes and save the policy under `out`/policy; what it took."""
-    from engine.model import CausalModel
-    from engine.tokenizer import ChatTokenizer
-    from learner.config import LearnerConfig
-    from learner.ppo import train_ppo
-    from learner.round import train_reward
-
-    config = LearnerConfig().override(dict(setting.split("=", 1) for setting in job["settings"]))
-    votes = Votes.load(Path(job["votes"]))
+def trained(job: dict[str, Any]) -> dict[str, Any]:
+    """Reward model and policy from the votes of `job`; the policy is left in `out`/POLICY. What it took."""
+    config, path = LearnerConfig.from_dict(job["settings"]), Path(job["votes"])
     model, tokenizer = CausalModel.load(job["model"]), ChatTokenizer.load(job["model"])
+    examples = examples_from_votes(rival.read_voted(path), tokenizer)
+    practice = [prompt["ids"] for prompt in json.loads(path.read_text("utf-8"))["practice"]]
+    torch.manual_seed(job["seed"])
     began = time.monotonic()
-    reward, judges, report, may_train = train_reward(model, votes.examples(), config, job["seed"], lambda *_: None)
+    reward, judges, report, may_train = train_reward(model, examples, config, job["seed"], lambda *_: None)
     reward_s = time.monotonic() - began
     if reward is None or not may_train:
-        return {"total_s": reward_s, "reward_s": reward_s, "update_s": None, "rollouts": 0, "trained": False, "note": report["words"]}
-    result = train_ppo(
-        model, tokenizer, reward, prompts=votes.practice_ids, policy="policy", config=config.ppo, judges=judges, seed=job["seed"]
-    )
-    total = time.monotonic() - began
-    model.lora.save("policy", Path(job["out"]) / "policy")
-    rounds = len(result.history) + 1  # batches sampled: every update's, the last measurement's, and the unit of the score
+        return {"seconds": reward_s, "rollouts": 0, "reward_s": reward_s, "update_s": None, "trained": False, "note": report["words"]}
+    result = train_ppo(model, tokenizer, reward, prompts=practice, policy=POLICY, config=config.ppo, judges=judges, seed=job["seed"])
+    seconds = time.monotonic() - began
+    model.lora.save(POLICY, Path(job["out"]) / POLICY)
+    batches = len(result.history) + 1  # sampled: every update's, the last look's, and the reference's as the unit of the score
     return {
-        "total_s": total, "reward_s": reward_s, "update_s": (total - reward_s) / max(1, len(result.history) - 1), "trained": True,
-        "rollouts": rounds * job["update_rollouts"], "kept_update": result.kept_update, "note": f"{report['verdict']}; {result.stopped}",
+        "seconds": seconds, "rollouts": batches * job["update_rollouts"], "reward_s": reward_s, "trained": True,
+        "update_s": (seconds - reward_s) / max(1, len(result.history) - 1), "note": f"{report['verdict']}; {result.stopped}",
     }  # fmt: skip
 
 

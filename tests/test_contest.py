@@ -36,16 +36,18 @@ def test_the_interpreter_named_by_the_environment_comes_before_the_built_one(tmp
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "bin" / "python").symlink_to(sys.executable)
     named, built = (tmp_path / name / "bin" / "python" for name in ("named", "built"))
-    assert peer_python({}, built) == built
-    assert peer_python({"PLAUDIT_PEERS": str(named)}, built) == named
-    assert peer_python({"PLAUDIT_PEERS": str(tmp_path / "named")}, built) == named
+    env = {"PLAUDIT_PEERS": str(named)}
+    assert peer_python(None, {}, built) == built
+    assert peer_python(None, env, built) == named
+    assert peer_python(None, {"PLAUDIT_PEERS": str(tmp_path / "named")}, built) == named
+    assert peer_python(built, env, tmp_path / "nowhere") == built
 
 
 def test_an_absent_interpreter_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ContestError, match="make peers"):
-        peer_python({}, tmp_path / "nowhere")
+        peer_python(None, {}, tmp_path / "nowhere")
     with pytest.raises(ContestError, match=r"PLAUDIT_PEERS.*peers\.txt"):
-        peer_python({"PLAUDIT_PEERS": str(tmp_path)}, tmp_path / "nowhere")
+        peer_python(None, {"PLAUDIT_PEERS": str(tmp_path)}, tmp_path / "nowhere")
 
 
 def test_a_turn_carries_the_request_there_and_the_answer_back(tmp_path: Path) -> None:

@@ -1,26 +1,24 @@
 """TRL's ways from votes to a policy, as contestants of `benchmarks/peers.py`. Run by the peers' interpreter.
 
 One run: RewardTrainer (but for DPO, which needs none), then PPO (experimental), RLOO, OnlineDPO (experimental) or DPO, all
-LoRA of the rank we use on every linear layer. It goes on until it has had both the given wall clock and the given number
-of rollouts, and leaves the adapter as it was at each of the two. The clock runs from the loaded base on: training of the
-reward model counts, imports do not.
+LoRA of the rank we use on every linear layer. It goes on until it has had every stop of the job (seconds, rollouts, passes
+over the pairs) and leaves the adapter as it was at each. The clock runs from the loaded base on: training of the reward
+model counts, imports do not.
 
 Defaults are TRL's own but for: learning rate (the caller tries several; TRL's, made for full models of billions of
 parameters, hardly move a small one), constant rather than linear (the end is set by the clock), f32, no gradient
-checkpointing (faster), temperature 1 and the reply length as for ours, and batches of as many rollouts as ours.
+checkpointing (faster), temperature 1, and rollouts an update, minibatches, epochs and reply length as for ours.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import Finished, Turns
-from benchmarks.votes import Votes
-
-import torch  # isort: skip
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
@@ -33,14 +31,14 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, 
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-DPO_EPOCHS = 3  # Trainer's default, which TRL leaves as it is
+from benchmarks.contest import Finished, Turns
 
 
 class Clock(TrainerCallback):
-    """Saves the adapter when the wall clock is up and when the rollouts are, and ends the run once it has both."""
+    """Saves the adapter at every stop of the job and ends the run at the last. rollouts, passes: of one step."""
 
-    def __init__(self, began: float, job: dict[str, Any], rollouts_a_step: float, steps: int | None = None) -> None:
-        self.began, self.job, self.each, self.steps = began, job, rollouts_a_step, steps
+    def __init__(self, began: float, job: dict[str, Any], *, rollouts: float = 0.0, passes: float = 0.0) -> None:
+        self.began, self.job, self.each = began, job, {"rollouts": rollouts, "passes": passes}
         self.first: float | None = None
         self.number = 0
         self.saved: dict[str, dict[str, float]] = {}
@@ -50,22 +48,19 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
         self.number += 1
-        elapsed, rollouts = time.monotonic() - self.began, self.number * self.each
-        over = {
-            "time": elapsed >= self.job["budget_s"],
-            "rollouts": self.number >= self.steps if self.steps else rollouts >= self.job["rollouts"],
-        }
-        for name in (name for name, up in over.items() if up and name not in self.saved):
-            getattr(model, "policy", model).save_pretrained(Path(self.job["out"]) / name)
-            self.saved[name] = {"seconds": elapsed, "rollouts": rollouts, "steps": self.number}
-        if len(self.saved) == len(over):
+        spent = {"seconds": time.monotonic() - self.began} | {unit: self.number * each for unit, each in self.each.items()}
+        for unit, limit in self.job["stops"].items():
+            if unit not in self.saved and spent[unit] >= limit - 1e-6:
+                getattr(model, "policy", model).save_pretrained(Path(self.job["out"]) / unit)
+                self.saved[unit] = spent
+        if len(self.saved) == len(self.job["stops"]):
             raise Finished
 
     def figures(self) -> dict[str, Any]:
         """What the run did, and the seconds it took for as many rollouts as one of our updates has."""
         assert self.first is not None
         policy_s = time.monotonic() - self.first
-        updates = self.number * self.each / self.job["update_rollouts"]
+        updates = self.number * self.each["rollouts"] / self.job["update_rollouts"]
         return {"saved": self.saved, "reward_s": self.first - self.began, "update_s": policy_s / updates if updates else None}
 
 
@@ -81,10 +76,8 @@ def main() -> None:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """job: method, model, votes (a file), out (a directory), lr, budget_s, rollouts, update_rollouts, prompts_per_update,
-    replies_per_prompt, max_new_tokens, lora_r, lora_alpha, seed."""
-    votes, out = Votes.load(Path(job["votes"])), Path(job["out"])
-    out.mkdir(parents=True, exist_ok=True)
+    """job: as `benchmarks/rival.py` makes it, with method, lr and out (a directory)."""
+    votes, out = json.loads(Path(job["votes"]).read_text("utf-8")), Path(job["out"])
     torch.manual_seed(job["seed"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -111,12 +104,12 @@ def lora(job: dict[str, Any], task: str) -> LoraConfig:
     return LoraConfig(r=job["lora_r"], lora_alpha=job["lora_alpha"], target_modules="all-linear", task_type=task, modules_to_save=saved)
 
 
-def reward_model(job: dict[str, Any], votes: Votes, tokenizer: Any, common: dict[str, Any]) -> str:
+def reward_model(job: dict[str, Any], votes: dict[str, Any], tokenizer: Any, common: dict[str, Any]) -> str:
     """RewardTrainer with LoRA on the pairs, merged and saved; its directory."""
     base = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
     base.config.pad_token_id = tokenizer.pad_token_id
     trainer = RewardTrainer(
-        model=base, args=RewardConfig(**common), train_dataset=Dataset.from_list(votes.pairs()), processing_class=tokenizer,
+        model=base, args=RewardConfig(**common), train_dataset=Dataset.from_list(votes["pairs"]), processing_class=tokenizer,
         peft_config=lora(job, "SEQ_CLS"),
     )  # fmt: skip
     trainer.train()
@@ -131,21 +124,23 @@ def scorer(directory: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
 
 
-def conversations(votes: Votes, batch: int) -> Dataset:
+def conversations(votes: dict[str, Any], batch: int) -> Dataset:
     """The prompts to practise on, repeated so that a batch is always full."""
-    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in votes.practice]
+    rows = [{"prompt": [{"role": "user", "content": prompt["prompt"]}]} for prompt in votes["practice"]]
     return Dataset.from_list(rows * (-(-batch // len(rows)) + 1))
 
 
-def ppo(job: dict[str, Any], votes: Votes, tokenizer: Any, policy: Any, scored: str, common: dict[str, Any], began: float) -> Any:
-    """PPOTrainer: value model started from the reward model, 4 epochs, KL 0.05, a penalty of 1 without an end token."""
+def ppo(job: dict[str, Any], votes: dict[str, Any], tokenizer: Any, policy: Any, scored: str, common: dict[str, Any], began: float) -> Any:
+    """PPOTrainer: value model started from the reward model, epochs and minibatches as ours, KL 0.05, a penalty of 1 without an end token."""
     size = job["update_rollouts"]
     config = PPOConfig(
-        **common, per_device_train_batch_size=size, gradient_accumulation_steps=1, num_mini_batches=2, num_sample_generations=0,
+        **common, per_device_train_batch_size=size, gradient_accumulation_steps=1, num_mini_batches=job["minibatches"],
+        num_ppo_epochs=job["epochs"], num_sample_generations=0,
         total_episodes=10_000_000, response_length=job["max_new_tokens"], temperature=1.0, stop_token="eos", missing_eos_penalty=1.0,
     )  # fmt: skip
-    ids = votes.practice_ids * (-(-size // len(votes.practice_ids)) + 1)
-    clock = Clock(began, job, size)
+    ids = [prompt["ids"] for prompt in votes["practice"]]
+    ids *= -(-size // len(ids)) + 1
+    clock = Clock(began, job, rollouts=size)
     trainer = PPOTrainer(
         args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=scorer(scored), value_model=scorer(scored),
         train_dataset=Dataset.from_dict({"input_ids": ids}), callbacks=[clock], peft_config=lora(job, "CAUSAL_LM"),
@@ -153,14 +148,15 @@ def ppo(job: dict[str, Any], votes: Votes, tokenizer: Any, policy: Any, scored: 
     return trainer, clock
 
 
-def rloo(job: dict[str, Any], votes: Votes, tokenizer: Any, policy: Any, scored: str, common: dict[str, Any], began: float) -> Any:
+def rloo(job: dict[str, Any], votes: dict[str, Any], tokenizer: Any, policy: Any, scored: str, common: dict[str, Any], began: float) -> Any:
     """RLOOTrainer: groups, minibatches and epochs as ours; KL 0.05 in the reward."""
-    size = job["update_rollouts"] // 2
+    size = job["update_rollouts"] // job["minibatches"]
     config = RLOOConfig(
-        **common, per_device_train_batch_size=size, gradient_accumulation_steps=1, steps_per_generation=2, num_iterations=2, beta=0.05,
+        **common, per_device_train_batch_size=size, gradient_accumulation_steps=1, steps_per_generation=job["minibatches"],
+        num_iterations=job["epochs"], beta=0.05,
         num_generations=job["replies_per_prompt"], max_completion_length=job["max_new_tokens"], temperature=1.0, max_steps=1_000_000,
     )  # fmt: skip
-    clock = Clock(began, job, job["update_rollouts"] / 4)  # a step is one minibatch of four
+    clock = Clock(began, job, rollouts=job["update_rollouts"] / (job["minibatches"] * job["epochs"]))  # a step is one minibatch
     trainer = RLOOTrainer(
         model=policy, reward_funcs=scorer(scored), reward_processing_classes=reward_tokenizer(tokenizer, scored), args=config,
         train_dataset=conversations(votes, job["update_rollouts"]), processing_class=tokenizer, callbacks=[clock], peft_config=lora(job, "CAUSAL_LM"),
@@ -168,14 +164,14 @@ def rloo(job: dict[str, Any], votes: Votes, tokenizer: Any, policy: Any, scored:
     return trainer, clock
 
 
-def online_dpo(job: dict[str, Any], votes: Votes, tokenizer: Any, policy: Any, scored: str, common: dict[str, Any], began: float) -> Any:
+def online_dpo(job: dict[str, Any], votes: dict[str, Any], tokenizer: Any, policy: Any, scored: str, common: dict[str, Any], began: float) -> Any:
     """OnlineDPOTrainer: two replies a prompt, beta 0.1, a penalty of 1 without an end token."""
     size = job["update_rollouts"] // 2
     config = OnlineDPOConfig(
         **common, per_device_train_batch_size=size, gradient_accumulation_steps=1, max_new_tokens=job["max_new_tokens"], temperature=1.0,
         missing_eos_penalty=1.0, max_steps=1_000_000,
     )  # fmt: skip
-    clock = Clock(began, job, job["update_rollouts"])
+    clock = Clock(began, job, rollouts=job["update_rollouts"])
     trainer = OnlineDPOTrainer(
         model=policy, reward_funcs=scorer(scored), reward_processing_classes=reward_tokenizer(tokenizer, scored), args=config,
         train_dataset=conversations(votes, size), processing_class=tokenizer, callbacks=[clock], peft_config=lora(job, "CAUSAL_LM"),
@@ -188,11 +184,11 @@ def reward_tokenizer(tokenizer: Any, scored: str) -> Any:
     return AutoTokenizer.from_pretrained(scored, padding_side="right", pad_token=tokenizer.pad_token)
 
 
-def dpo(job: dict[str, Any], votes: Votes, tokenizer: Any, policy: Any, _: None, common: dict[str, Any], began: float) -> Any:
-    """DPOTrainer: beta 0.1, batches of 8. It samples nothing: at "rollouts" stands the policy after the default 3 passes."""
-    rows = votes.pairs()
+def dpo(job: dict[str, Any], votes: dict[str, Any], tokenizer: Any, policy: Any, _: None, common: dict[str, Any], began: float) -> Any:
+    """DPOTrainer: beta 0.1, batches of 8. It samples nothing."""
+    rows = votes["pairs"]
     config = DPOConfig(**common, num_train_epochs=100_000)
-    clock = Clock(began, job, 0, steps=DPO_EPOCHS * -(-len(rows) // config.per_device_train_batch_size))
+    clock = Clock(began, job, passes=1 / -(-len(rows) // config.per_device_train_batch_size))
     trainer = DPOTrainer(
         model=policy, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock], peft_config=lora(job, "CAUSAL_LM")
     )
