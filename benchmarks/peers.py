@@ -107,9 +107,9 @@ def main() -> None:
         contests = [contest(peer, taste, seed, args) for taste in args.tastes for seed in args.seeds]
     except ContestError as error:
         raise SystemExit(str(error)) from None
-    found = summary([row for each in contests for row in each["best"]], [each["ratios"] for each in contests])
+    found = summary([row for each in contests for row in each["best"]], [each["ratios"] for each in contests], args.methods)
     for method, gain in found["ahead_by"].items():
-        print(f"ours over {method:<11} mean gain in gold win rate {gain['seconds']:+.3f} at equal time, {gain['rollouts']:+.3f} at equal rollouts")
+        print(f"ours over {method:<11} mean gain in gold win rate " + ", ".join(f"{x:+.3f} at equal {at}" for at, x in gain.items()))
     machine = {"cpus": os.cpu_count(), "torch": torch.__version__, "threads": args.threads}
     print(json.dumps({"benchmark": "peers", "votes": args.votes, "noise": args.noise, "model": Path(args.model).name, "targets": TARGETS,
                       "rates": {rate: rival.RATES[rate] for rate in args.rates}, "machine": machine, **found, "contests": contests}))  # fmt: skip
@@ -131,20 +131,25 @@ def contest(peer: Path, taste: str, seed: int, args: argparse.Namespace) -> dict
     mine = Run(OURS, "", "both", judge.judge(folder / OURS / POLICY if answer.pop("trained") else None), **answer)
     print(f"{taste}, seed {seed}: best of 8 base replies wins {judge.best_of:.3f}, base has {judge.base_broken:.3f} broken")
     mine.show()
-    runs = []
+    runs, failed = list[Run](), list[str]()
     budget = {"seconds": mine.seconds, "rollouts": mine.rollouts}
     for method in args.methods:
         for rate in args.rates:
             stops = {"seconds": budget["seconds"]} | ({"passes": rival.DPO_PASSES} if method == "dpo" else {"rollouts": budget["rollouts"]})
             out = folder / f"{method}-{rate}"
-            answer = rival.run_peer(peer, method, rate, task | {"stops": stops}, out, args.threads)
+            try:
+                answer = rival.run_peer(peer, method, rate, task | {"stops": stops}, out, args.threads)
+            except ContestError as error:  # an hour of the others' figures is not to be lost for it
+                failed.append(str(error))
+                print(error, flush=True)
+                continue
             for stop, spent in answer["saved"].items():
                 run = Run(method, rate, stop, judge.judge(out / stop), spent["seconds"], spent["rollouts"],
                           answer["reward_s"], answer["update_s"], answer["peak_bytes"])  # fmt: skip
                 runs.append(run)
                 run.show()
     best = [beside(mine, fit, at) for method in args.methods for at in COUNTS if (fit := best_within(runs, method, at, budget[at]))]
-    return {"taste": taste, "seed": seed, "budget": budget, "ratios": against_ppo(mine, runs), "best": best,
+    return {"taste": taste, "seed": seed, "budget": budget, "ratios": against_ppo(mine, runs), "best": best, "failed": failed,
             "rows": [run.row() for run in (mine, *runs)]}  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def beside(mine: Run, theirs: Run, at: str) -> dict[str, Any]:
     """How far ours is ahead in gold win rate (paired by prompt, 95%)."""
     gain, half = paired_difference(mine.judged.points, theirs.judged.points, range(len(mine.judged.points)))
     return {"method": theirs.method, "at": at, "rate": theirs.rate, "stop": theirs.stop, "win_rate": round(theirs.judged.win_rate, 4),
-            "ours": round(mine.judged.win_rate, 4), "ahead_by": round(gain, 4), "half_width": round(half, 4)}  # fmt: skip
+            "kl": round(theirs.judged.kl, 3), "broken": round(theirs.judged.broken, 4), "ours": round(mine.judged.win_rate, 4), "ahead_by": round(gain, 4), "half_width": round(half, 4)}  # fmt: skip
 
 
 def against_ppo(mine: Run, runs: Sequence[Run]) -> dict[str, float]:
@@ -189,15 +194,15 @@ def against_ppo(mine: Run, runs: Sequence[Run]) -> dict[str, float]:
     }
 
 
-def summary(best: Sequence[dict[str, Any]], ratios: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Mean gains over all tastes and seeds, the median ratios, and which targets are met (a target nobody measured is not)."""
+def summary(best: Sequence[dict[str, Any]], ratios: Sequence[dict[str, float]], methods: Sequence[str]) -> dict[str, Any]:
+    """Mean gains over all tastes and seeds, the median ratios, and which targets are met (what nobody measured is not)."""
     ahead: dict[str, dict[str, float]] = {}
     for row in best:
         these = [r["ahead_by"] for r in best if (r["method"], r["at"]) == (row["method"], row["at"])]
         ahead.setdefault(row["method"], {})[row["at"]] = round(statistics.fmean(these), 4)
     median = {name: statistics.median(found[name] for found in ratios if found) for name in TARGETS if any(ratios)}
     met = {name: name in median and median[name] <= limit for name, limit in TARGETS.items()}
-    met["ahead_at_equal_time"] = bool(ahead) and all(gain["seconds"] > 0 for gain in ahead.values())
+    met["ahead_at_equal_time"] = all(ahead.get(method, {}).get("seconds", 0.0) > 0 for method in methods)
     return {"met": met, "ahead_by": ahead, "ratios": median}
 
 
@@ -227,10 +232,11 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     result = train_ppo(model, tokenizer, reward, prompts=practice, policy=POLICY, config=config.ppo, judges=judges, seed=job["seed"])
     seconds = time.monotonic() - began
     model.lora.save(POLICY, Path(job["out"]) / POLICY)
+    updates = [row["seconds"] for row in result.history if "tokens_per_second" in row]  # those that learned
     batches = len(result.history) + 1  # sampled: every update's, the last look's, and the reference's as the unit of the score
     return {
         "seconds": seconds, "rollouts": batches * job["update_rollouts"], "reward_s": reward_s, "trained": True,
-        "update_s": (seconds - reward_s) / max(1, len(result.history) - 1), "note": f"{report['verdict']}; {result.stopped}",
+        "update_s": statistics.fmean(updates) if updates else None, "note": f"{report['verdict']}; {result.stopped}",
     }  # fmt: skip
 
 

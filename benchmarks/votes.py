@@ -180,36 +180,35 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"at": at, "votes_for_0.9": needed}
 
 
-def shares(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{taste: {"Plaudit" or "DPO": [(votes, median share over the seeds)]}}; DPO at its better rate for each round."""
-    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for taste in dict.fromkeys(row["taste"] for row in rows):
-        own = [row for row in rows if row["taste"] == taste]
-        lines = {"Plaudit": lambda row: row["share"], "DPO": lambda row: max(one["share"] for one in row["dpo"])}
-        found[taste] = {
-            who: [(votes, statistics.median(share(row) for row in own if row["votes"] == votes)) for votes in sorted({r["votes"] for r in own})]
-            for who, share in lines.items()
-        }
-    return found
+def lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
+    """One taste's {"Plaudit" or "DPO": [(votes, share, KL)]}, medians over its seeds; DPO's at the better rate of each round."""
+    better = [max(row["dpo"], key=lambda one: one["share"]) | {"votes": row["votes"]} for row in rows]
+    return {
+        who: [
+            (votes, *(statistics.median(row[name] for row in own if row["votes"] == votes) for name in ("share", "kl")))
+            for votes in sorted({row["votes"] for row in own})
+        ]
+        for who, own in (("Plaudit", rows), ("DPO", better))
+    }  # fmt: skip
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Share against votes, a panel a taste."""
+    """Share against votes, a panel a taste; hollow where KL is over the target."""
     from matplotlib.figure import Figure
 
-    found = shares(rows)
-    columns = min(4, len(found))
-    figure = Figure(figsize=(3.2 * columns, 2.6 * -(-len(found) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(found) // columns), columns, squeeze=False, sharey=True).flat
-    for panel in panels:
-        panel.set_axis_off()
-    for panel, (taste, lines) in zip(figure.axes, found.items(), strict=False):
-        panel.set_axis_on()
+    tastes = list(dict.fromkeys(row["taste"] for row in rows))
+    across = min(4, len(tastes))
+    figure = Figure(figsize=(3.2 * across, 2.8 * -(-len(tastes) // across)), layout="constrained")
+    for number, taste in enumerate(tastes, 1):
+        panel = figure.add_subplot(-(-len(tastes) // across), across, number)
         panel.axhline(TARGETS["share_at_60"], color="0.8", linewidth=1)
-        for who, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker="o", label=who)
+        for who, colour in (("Plaudit", "C0"), ("DPO", "C1")):
+            points = lines([row for row in rows if row["taste"] == taste])[who]
+            panel.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=who)
+            panel.scatter([p[0] for p in points], [p[1] for p in points], edgecolors=colour, zorder=3,
+                          c=[colour if p[2] <= TARGETS["kl"] else "white" for p in points])  # fmt: skip
         panel.set(title=taste, xlabel="votes", ylabel="share of best of 8")
-    figure.axes[0].legend()
+    figure.axes[0].legend(title=f"hollow: over {TARGETS['kl']:g} nats", fontsize="small", title_fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
@@ -229,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers-python", type=Path, help="interpreter with TRL; default PLAUDIT_PEERS, else what `make peers` built")
     args = parser.parse_args(argv)
     if args.plot and find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: install it with `.venv/bin/pip install -c constraints.txt '.[bench]'`")
+        raise SystemExit("--plot needs matplotlib: install it with `.venv/bin/python -m pip install -c constraints.txt -e '.[bench]'`")
     try:
         peer = peer_python(args.peers_python) if args.plot else None
         rows = [row for taste in args.tastes for seed in args.seeds for row in course(taste, seed, peer, args)]

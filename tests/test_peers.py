@@ -76,9 +76,10 @@ def test_an_update_and_memory_are_compared_with_the_least_that_ppo_took() -> Non
 
 def test_the_targets_are_met_only_where_all_are_measured_and_every_peer_is_behind() -> None:
     rows = [{"method": m, "at": at, "ahead_by": gain} for m, gain in (("ppo", 0.2), ("dpo", 0.1)) for at in ("seconds", "rollouts")]
-    found = summary([*rows, {"method": "dpo", "at": "seconds", "ahead_by": -0.05}], [{"update": 0.4, "memory": 0.5}])
+    found = summary([*rows, {"method": "dpo", "at": "seconds", "ahead_by": -0.05}], [{"update": 0.4, "memory": 0.5}], ["ppo", "dpo"])
     assert found["met"] == {"update": True, "memory": True, "ahead_at_equal_time": True}
     assert found["ahead_by"]["dpo"] == {"seconds": 0.025, "rollouts": 0.1}
-    behind = summary([*rows, {"method": "dpo", "at": "seconds", "ahead_by": -0.3}], [{"update": 0.4, "memory": 0.6}])
+    behind = summary([*rows, {"method": "dpo", "at": "seconds", "ahead_by": -0.3}], [{"update": 0.4, "memory": 0.6}], ["ppo", "dpo"])
     assert behind["met"] == {"update": True, "memory": False, "ahead_at_equal_time": False}
-    assert not any(summary([], [{}])["met"].values())
+    assert not summary(rows, [], ["ppo", "dpo", "rloo"])["met"]["ahead_at_equal_time"]  # one that failed is not one that is behind
+    assert not any(summary([], [{}], ["ppo"])["met"].values())
