@@ -14,6 +14,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ class Finished(Exception):
 class Turns:
     """A contestant's own end: `wait` for a request, do it, `say` what came of it.
 
-    Making one takes over standard output: what anything else prints goes to standard error from then on.
+    Making one takes over standard output: what anything else prints goes to standard error from then on. The process
+    ends when its parent does, however that ended: a turn may be an hour long.
     """
 
     def __init__(self) -> None:
@@ -75,6 +77,7 @@ class Turns:
         sys.stdout.flush()
         os.dup2(2, 1)
         self.began = time.perf_counter()
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     def wait(self) -> dict[str, Any]:
         """The next request; the clock of `say` starts. Raises Finished when there is none."""
@@ -88,6 +91,13 @@ class Turns:
         """Answer: `figures`, the seconds since the request (unless given) and the peak memory so far."""
         figures = {"seconds": time.perf_counter() - self.began, "peak_bytes": peak_bytes()} | figures
         print(json.dumps(figures), file=self.out, flush=True)
+
+
+def end_with(parent: int) -> None:
+    """End this process, at once, when it is no longer a child of `parent`."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class Contestant:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.contest import Contestant, ContestError, peer_python, round_robin
+from benchmarks.contest import ROOT, Contestant, ContestError, peer_python, round_robin
 from benchmarks.ppo_update import summary
 
 CHILD = """
@@ -80,6 +84,27 @@ def test_each_contestant_answers_for_its_own_memory_only(tmp_path: Path) -> None
 def test_a_contestant_that_dies_is_an_error_with_the_end_of_its_log(tmp_path: Path) -> None:
     with pytest.raises(ContestError, match=r"child ended before its turn was over:\s[\s\S]*no more"), contestant(tmp_path) as child:
         child.turn(die=True)
+
+
+def test_a_contestant_ends_with_its_parent_even_amid_a_turn(tmp_path: Path) -> None:
+    child = "import os, time\nfrom benchmarks.contest import Turns\nturns = Turns()\nturns.wait()\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    parent = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks.contest import Contestant\n"
+        f"with Contestant('c', [sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), threads=1) as c:\n    c.turn()"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT) as process:
+        pid = int(awaited(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
+        process.kill()
+    awaited(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def awaited(what: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """What `what` says as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+    return found
 
 
 def test_an_update_is_compared_with_the_peer_in_speed_and_memory() -> None:
