@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export GRADIO_ANALYTICS_ENABLED ?= False
 
-.PHONY: help venv serve test test-fast lint format bench chromium clean
+.PHONY: help venv serve test test-fast lint format bench peers chromium clean
 
 help:                  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -44,6 +44,13 @@ bench: venv            ## every benchmark but the GPU one; each prints JSON last
 	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.learning
 
+peers: .venv-peers/.done  ## build .venv-peers with TRL, for the benchmarks against it
+
+.venv-peers/.done: benchmarks/peers.txt constraints.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
+	@touch $@
+
 chromium:              # for the browser tests; they skip, saying so, where it cannot be had
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
@@ -51,5 +58,5 @@ chromium:              # for the browser tests; they skip, saying so, where it c
 	      apt-get update -qq >/dev/null 2>&1; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null 2>&1; }; } || \
 	  echo "no chromium here and no way to install it: the browser tests will be skipped"
 
-clean:                 ## remove .venv and caches; plaudit-data stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+clean:                 ## remove .venv, .venv-peers and caches; plaudit-data stays
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -4,7 +4,8 @@
 where asked) vote on 4 replies of the live version; at each number of votes the learner runs a round on all votes so far,
 a version that passes its gate goes live, and the taste judges it against the base on held-out prompts. Share: its win
 rate over what the taste's best of 8 base replies gets. Beside it: KL, broken replies, known answers, seconds a round.
-Prints a line a round; JSON last. Exit status 1 when a target is missed.
+Prints a line a round; JSON last. Exit status 1 when a target is missed. `--plot FILE` draws share against votes for each
+taste, beside TRL's DPO (3 passes from the base, the better of two learning rates by the judge itself) on the same votes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from engine.engine import BASE, Engine, SamplingParams
+from benchmarks import rival
+from benchmarks.contest import ContestError, peer_python
+from benchmarks.judge import SAMPLES, Judge
+from engine.engine import BASE
 from engine.sequence import Sequence as Reply
-from learner import rollout
 from learner.config import LearnerConfig
-from learner.gate import load_probes, probe_answers, reply_kl
 from learner.prompts import prompts_from
 from learner.round import Learner
-from learner.tastes import HARD, SIMPLE, Taste, favourite, taste_named, win_rate
-from learner.text_checks import broken_rate
+from learner.tastes import HARD, SIMPLE, Taste, favourite, taste_named
 from server.settings import STARTER
 from store.adapters import AdapterRegistry
 from store.records import Comparison, Completion, Vote, VotedComparison
 from store.rounds import RoundFiles
 
-JUDGED = "judged"  # the adapter under which a version is judged
-SAMPLES, BEST_OF, MAX_TOKENS = 4, 8, 256
+JUDGEMENT = ("win_rate", "best_of_8", "share", "kl", "broken", "base_broken", "probe_accuracy", "base_probe_accuracy", "probe_loss_rise")
 TARGETS = {"share_at_60": 0.9, "share_at_150": 1.0, "worst_at_150": 0.85, "kl": 6.0, "broken_rise": 0.01, "probe_fall": 0.02, "round_s": 120.0}
 
 
@@ -79,42 +80,18 @@ def picks_on(people: People, asked: Sequence[str], replies: Sequence[Reply], eac
 
 
 class Course:
-    """One taste learned from scratch on one model: its votes, its live version, and how both are judged."""
+    """One taste learned from scratch on one model: its votes, its live version, and the judge of both."""
 
     def __init__(self, learner: Learner, people: People, seed: int, held_out: Sequence[str]) -> None:
-        self.learner, self.people, self.seed = learner, people, seed
-        self.model, self.tokenizer = learner.model, learner.tokenizer
-        self.engine = Engine(self.model, self.tokenizer, max_sequences=48, max_context=1024)
+        self.learner, self.people = learner, people
+        self.judge = Judge(learner.model, learner.tokenizer, people.liking, held_out, seed)
         self.draw, self.deck = random.Random(f"course/{seed}"), list[str]()
         self.voted: list[VotedComparison] = []
         self.live, self.rounds = BASE, 0
-        self.held_out = held_out
-        self.theirs = self.sample(held_out, SAMPLES, BASE, 1)
-        best = self.sample(held_out, BEST_OF, BASE, 2)
-        liked = [max((r.text for r in best[i : i + BEST_OF]), key=people.liking) for i in range(0, len(best), BEST_OF)]
-        self.best_of = win_rate(people.liking, [text for text in liked for _ in range(SAMPLES)], [r.text for r in self.theirs])
-        self.probes = load_probes()
-        self.known = probe_answers(self.model, self.tokenizer, self.probes, None)
 
-    def render(self, prompt: str) -> list[int]:
-        return self.tokenizer.render([{"role": "user", "content": prompt}])
-
-    def sample(self, prompts: Sequence[str], each: int, version: str, seed: int) -> list[Reply]:
-        """`each` replies to every prompt, by a version whose adapter is loaded as JUDGED, or the base."""
-        ids = [self.render(p) for p in prompts for _ in range(each)]
-        how = [SamplingParams(max_tokens=MAX_TOKENS, seed=(self.seed * 1009 + seed) * 1_000_003 + i) for i in range(len(ids))]
-        return self.engine.generate(ids, how, version)
-
-    def load(self) -> str:
-        """The live version's adapter, by the name it is sampled under."""
-        if self.live == BASE:
-            return BASE
-        self.model.lora.load(JUDGED, self.learner.registry.path(self.live))
-        return JUDGED
-
-    def unload(self) -> None:
-        if JUDGED in self.model.lora.names():
-            self.model.lora.delete(JUDGED)
+    def adapter(self) -> Path | None:
+        """Where the live version lies; None for the base."""
+        return None if self.live == BASE else self.learner.registry.path(self.live)
 
     def ask(self, votes: int, prompts: Sequence[str]) -> None:
         """People vote on replies of the live version until there are so many votes."""
@@ -122,8 +99,7 @@ class Course:
         for _ in range(votes - len(self.voted)):
             self.deck = self.deck or self.draw.sample(list(prompts), len(prompts))
             asked.append(self.deck.pop())
-        replies = self.sample(asked, SAMPLES, self.load(), 100 + len(self.voted))
-        self.unload()
+        replies = self.judge.sample(asked, SAMPLES, self.adapter(), 100 + len(self.voted))
         self.voted += picks_on(self.people, asked, replies, SAMPLES, self.live, len(self.voted))
 
     def round(self) -> dict[str, Any]:
@@ -134,29 +110,25 @@ class Course:
             self.live = record["version"]
         return record
 
-    def judge(self) -> dict[str, Any]:
+    def standing(self) -> dict[str, Any]:
         """The live version by the people's own taste, and what it cost."""
-        version = self.load()
-        ours = self.sample(self.held_out, SAMPLES, version, 3)
-        liking = self.people.liking
-        won = win_rate(liking, [r.text for r in ours], [r.text for r in self.theirs])
-        adapter = None if version == BASE else version
-        batch = rollout.sample(
-            self.engine, [self.render(p) for p in self.held_out], version=version, group=2, max_tokens=MAX_TOKENS, temperature=1.0, seed=1,
-        )  # fmt: skip
-        kl = 0.0 if adapter is None else float(reply_kl(self.model, batch, adapter, None, 1.0).mean())
-        known = probe_answers(self.model, self.tokenizer, self.probes, adapter)
-        self.unload()
-        broken, base = (broken_rate((r.text, r.finish_reason) for r in replies) for replies in (ours, self.theirs))
-        return {
-            "live": self.live, "win_rate": round(won, 4), "best_of_8": round(self.best_of, 4), "share": round(won / self.best_of, 4),
-            "kl": round(kl, 3), "broken": round(broken, 4), "base_broken": round(base, 4), "probe_accuracy": round(known.accuracy, 4),
-            "base_probe_accuracy": round(self.known.accuracy, 4), "probe_loss_rise": round(known.loss - self.known.loss, 4),
-        }  # fmt: skip
+        row = self.judge.judge(self.adapter()).row()
+        return {"live": self.live} | {name: row[name] for name in JUDGEMENT}
+
+    def dpo(self, peer: Path, folder: Path, threads: int) -> list[dict[str, Any]]:
+        """TRL's DPO from the base on the same votes, judged alike; a row a learning rate."""
+        votes = rival.write_votes(folder / "votes.json", self.voted, [])
+        task = rival.job(self.learner.model.source, votes, self.learner.config.ppo, seed=self.judge.seed, stops={"passes": rival.DPO_PASSES})
+        rows = []
+        for rate in rival.RATES:
+            answer = rival.run_peer(peer, "dpo", rate, task, folder / rate, threads)
+            row = self.judge.judge(folder / rate / "passes").row()
+            rows.append({"rate": rate, "seconds": round(answer["seconds"], 1)} | {name: row[name] for name in JUDGEMENT})
+        return rows
 
 
-def course(taste: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a number of votes."""
+def course(taste: str, seed: int, peer: Path | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a number of votes. peer: the interpreter with TRL, where DPO shall learn beside us. Raises ContestError."""
     config = LearnerConfig().override({"seed": str(seed), "threads": str(args.threads)} | dict(s.split("=", 1) for s in args.set))
     held_out = random.Random(seed).sample(prompts_from(held_out=True), args.held_out)
     rows = []
@@ -170,9 +142,11 @@ def course(taste: str, seed: int, args: argparse.Namespace) -> list[dict[str, An
             record = run.round()
             seconds = time.monotonic() - began
             reward, gate = record["reward"] or {}, record["gate"] or {}
-            row = {"taste": taste, "seed": seed, "votes": votes, "state": record["state"], "round_s": round(seconds, 1)} | run.judge()
+            row = {"taste": taste, "seed": seed, "votes": votes, "state": record["state"], "round_s": round(seconds, 1)} | run.standing()
             row |= {"accuracy": reward.get("accuracy"), "failed": gate.get("failed"), "reason": record["reason"]}
             row |= {"stopped": (record["ppo"] or {}).get("stopped"), "timings": record["timings"]}
+            if peer is not None:
+                row["dpo"] = run.dpo(peer, Path(folder) / f"dpo-{votes}", args.threads)
             print(json.dumps(row), flush=True)
             rows.append(row)
     return rows
@@ -206,6 +180,39 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"at": at, "votes_for_0.9": needed}
 
 
+def lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
+    """One taste's {"Plaudit" or "DPO": [(votes, share, KL)]}, medians over its seeds; DPO's at the better rate of each round."""
+    better = [max(row["dpo"], key=lambda one: one["share"]) | {"votes": row["votes"]} for row in rows]
+    return {
+        who: [
+            (votes, *(statistics.median(row[name] for row in own if row["votes"] == votes) for name in ("share", "kl")))
+            for votes in sorted({row["votes"] for row in own})
+        ]
+        for who, own in (("Plaudit", rows), ("DPO", better))
+    }  # fmt: skip
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Share against votes, a panel a taste; hollow where KL is over the target."""
+    from matplotlib.figure import Figure
+
+    tastes = list(dict.fromkeys(row["taste"] for row in rows))
+    across = min(4, len(tastes))
+    figure = Figure(figsize=(3.2 * across, 2.8 * -(-len(tastes) // across)), layout="constrained")
+    for number, taste in enumerate(tastes, 1):
+        panel = figure.add_subplot(-(-len(tastes) // across), across, number)
+        panel.axhline(TARGETS["share_at_60"], color="0.8", linewidth=1)
+        for who, colour in (("Plaudit", "C0"), ("DPO", "C1")):
+            points = lines([row for row in rows if row["taste"] == taste])[who]
+            panel.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=who)
+            panel.scatter([p[0] for p in points], [p[1] for p in points], edgecolors=colour, zorder=3,
+                          c=[colour if p[2] <= TARGETS["kl"] else "white" for p in points])  # fmt: skip
+        panel.set(title=taste, xlabel="votes", ylabel="share of best of 8")
+    figure.axes[0].legend(title=f"hollow: over {TARGETS['kl']:g} nats", fontsize="small", title_fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tastes", nargs="+", default=[*SIMPLE, *HARD])
@@ -217,8 +224,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the learner, e.g. ppo.updates=10")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw share against votes beside TRL's DPO; needs `make peers`")
+    parser.add_argument("--peers-python", type=Path, help="interpreter with TRL; default PLAUDIT_PEERS, else what `make peers` built")
     args = parser.parse_args(argv)
-    rows = [row for taste in args.tastes for seed in args.seeds for row in course(taste, seed, args)]
+    if args.plot and find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: install it with `.venv/bin/python -m pip install -c constraints.txt -e '.[bench]'`")
+    try:
+        peer = peer_python(args.peers_python) if args.plot else None
+        rows = [row for taste in args.tastes for seed in args.seeds for row in course(taste, seed, peer, args)]
+    except ContestError as error:
+        raise SystemExit(str(error)) from None
+    if args.plot:
+        draw(rows, args.plot)
     found = summary(rows)
     met = {"kl": all(row["kl"] <= TARGETS["kl"] for row in rows)}
     met["broken"] = all(at["mean_broken_rise"] <= TARGETS["broken_rise"] for at in found["at"].values())

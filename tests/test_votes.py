@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.votes import People, summary, votes_for
+from benchmarks import votes
+from benchmarks.votes import People, lines, summary, votes_for
 from learner.tastes import taste_named
 from store.records import Comparison, Completion
 
@@ -48,3 +51,17 @@ def test_the_summary_takes_medians_and_the_worst() -> None:
     assert found["at"]["60"]["median_share"] == 0.9 and found["at"]["60"]["worst_share"] == 0.8
     assert found["at"]["60"]["largest_kl"] == 5.0 and found["at"]["60"]["largest_broken_rise"] == pytest.approx(0.03)
     assert found["votes_for_0.9"]["list"] == [None, pytest.approx(60)]
+
+
+def test_the_chart_takes_medians_over_seeds_and_the_better_rate_of_dpo() -> None:
+    def both(votes: int, share: float, low: float, high: float, seed: int) -> dict:
+        return row(votes, share, seed=seed) | {"dpo": [{"share": low, "kl": 1.0}, {"share": high, "kl": 40.0}]}
+
+    found = lines([both(60, 0.9, 0.5, 0.6, 0), both(30, 0.7, 0.4, 0.2, 0), both(60, 0.7, 0.8, 0.6, 1), both(30, 0.8, 0.4, 0.5, 1)])
+    assert found == {"Plaudit": [(30, 0.75, 2.0), (60, 0.8, 2.0)], "DPO": [(30, 0.45, 20.5), (60, 0.7, 20.5)]}
+
+
+def test_a_chart_without_matplotlib_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(votes, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=r"matplotlib.*\[bench\]"):
+        votes.main(["--plot", str(tmp_path / "shares.png")])

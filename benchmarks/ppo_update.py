@@ -1,0 +1,136 @@
+"""One PPO update, ours and TRL's, on the same shapes: seconds and peak memory.
+
+`make peers`, then `python -m benchmarks.ppo_update [--models S M] [--updates 5]`. 8 rollouts of 64 + 32 tokens, 4 epochs, one
+minibatch, LoRA r=16 on every linear layer, f32, random weights (S: a 5M Llama, M: the shape of SmolLM2-135M). Three
+contestants in processes of their own take turns, update by update: TRL's `PPOTrainer` (LoRA policy; its value and reward
+models are whole models, as it wants them), our GAE (the like for like: a value adapter, one reward member) and our
+default, leave-one-out with the default number of reward members (2 prompts x 4 replies: also 8 rollouts). An update is
+rollouts, scores, reference log-probabilities and the epochs. Medians after one update of warm-up; JSON last; exit status
+1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contest import Contestant, ContestError, Finished, Turns, peer_python, round_robin
+
+TARGETS = {"speed": 2.5, "memory": 0.5}  # ours against TRL: at least so many times as fast, at most this share of its peak
+ROLLOUTS, PROMPT, NEW, EPOCHS, LORA_R = 8, 64, 32, 4, 16
+PEER = "trl"
+
+
+def main() -> None:
+    """Run the benchmark, or be one of its contestants."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["S", "M"], default=["S", "M"])
+    parser.add_argument("--updates", type=int, default=5, help="counted updates of each contestant")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true", help="TRL's default, gradient checkpointing: slower, less memory")
+    parser.add_argument("--ours", choices=["gae", "rloo"], help=argparse.SUPPRESS)  # the rest: what a contestant is told
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ours:
+        contend(args.ours, args.directory)
+        return
+    try:
+        report = [measure(name, peer_python(), args) for name in args.models]
+    except ContestError as error:
+        raise SystemExit(str(error)) from None
+    met = all(row["met"] for row in report)
+    print(json.dumps({"benchmark": "ppo_update", "targets": TARGETS, "cpus": os.cpu_count(), "threads": args.threads,
+                      "peer_checkpointing": args.checkpointing, "met": met, "models": report}))  # fmt: skip
+    raise SystemExit(0 if met else 1)
+
+
+def measure(name: str, peer: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All contestants on one model, taking turns."""
+    from benchmarks.engine import SHAPES, random_model
+
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-bench-")))
+        random_model(directory / "model", SHAPES[name])
+        draw = random.Random(0)
+        prompts = [[draw.randrange(2, SHAPES[name]["vocab_size"]) for _ in range(PROMPT)] for _ in range(4 * ROLLOUTS)]
+        task = {"prompts": prompts, "rollouts": ROLLOUTS, "new": NEW, "epochs": EPOCHS, "lora_r": LORA_R,
+                "updates": args.updates + 2, "checkpointing": args.checkpointing}  # fmt: skip
+        (directory / "task.json").write_text(json.dumps(task), "utf-8")
+        commands = {
+            PEER: [peer, "-m", "benchmarks.peer.ppo_update", directory],
+            **{f"ours, {e}": [sys.executable, "-m", "benchmarks.ppo_update", "--ours", e, "--directory", directory] for e in ("gae", "rloo")},
+        }
+        contestants = {
+            label: stack.enter_context(Contestant(label, command, directory / f"{i}.log", threads=args.threads))
+            for i, (label, command) in enumerate(commands.items())
+        }
+
+        def shown(number: int, contestant: Contestant, answer: dict[str, Any]) -> None:
+            counted = f"update {number}" if number else "warm-up"
+            print(f"{name} {counted:<9} {contestant.name:<11} {answer['seconds']:8.2f} s {answer['peak_bytes'] / 1e9:6.2f} GB", flush=True)
+
+        round_robin(list(contestants.values()), args.updates + 1, shown)
+        return summary(name, {label: (c.median_s(), c.peak_bytes) for label, c in contestants.items()})
+
+
+def summary(name: str, figures: dict[str, tuple[float, int]]) -> dict[str, Any]:
+    """Seconds and bytes of every contestant, the ratios against the peer, and whether the like for like meets the targets."""
+    seconds, peak = figures[PEER]
+    rows = {
+        label: {"seconds": round(s, 4), "peak_bytes": b, "speed": round(seconds / s, 3), "memory": round(b / peak, 3)}
+        for label, (s, b) in figures.items()
+    }
+    for label, row in rows.items():
+        print(f"{name} {label:<11} {row['seconds']:8.2f} s an update ({row['speed']:.2f}x as fast), "
+              f"{row['peak_bytes'] / 1e9:.2f} GB ({row['memory']:.2f}x)", flush=True)  # fmt: skip
+    like = rows["ours, gae"]
+    return {"model": name, "met": like["speed"] >= TARGETS["speed"] and like["memory"] <= TARGETS["memory"], "contestants": rows}
+
+
+def contend(estimator: str, directory: Path) -> None:
+    """Be one of our contestants: `train_ppo`, an update a turn."""
+    turns = Turns()
+    task = json.loads((directory / "task.json").read_text("utf-8"))
+
+    import torch
+
+    from engine.model import CausalModel
+    from engine.tokenizer import ChatTokenizer
+    from learner.config import PPOConfig, RewardConfig
+    from learner.ppo import train_ppo
+    from learner.reward import RewardModel
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model, tokenizer = CausalModel.load(directory / "model"), ChatTokenizer.load(directory / "model")
+    group = 1 if estimator == "gae" else 4
+    reward_config = RewardConfig(members=1) if estimator == "gae" else RewardConfig()
+    reward = RewardModel.create(model, reward_config, reward_config.members)
+    generator = torch.Generator().manual_seed(0)
+    for member in reward.members:  # as after LoRA training: each member reads the base through its own adapter
+        model.lora.create(member.name, r=reward_config.lora_r, alpha=reward_config.lora_alpha)
+        member.adapter = member.name
+        with torch.no_grad():
+            member.head.weight.copy_(torch.randn(member.head.weight.shape, generator=generator))
+    config = PPOConfig(
+        estimator=estimator, updates=task["updates"], prompts_per_update=task["rollouts"] // group, replies_per_prompt=group,
+        max_new_tokens=task["new"], epochs=task["epochs"], minibatches=1, lora_r=task["lora_r"], kl_ceiling=1e9, max_seconds=1e9,
+    )  # fmt: skip
+
+    def on_update(row: dict[str, Any]) -> None:
+        turns.say(tokens=row["length"] * task["rollouts"])
+        turns.wait()
+
+    with contextlib.suppress(Finished):
+        turns.wait()
+        train_ppo(model, tokenizer, reward, prompts=task["prompts"], policy="policy", config=config, on_update=on_update)
+
+
+if __name__ == "__main__":
+    main()
