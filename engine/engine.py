@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.cache import Prompt, Rows
 from engine.lora import AdapterError, Mixture
 from engine.model import CausalModel
+from engine.prefixes import Prefixes
 from engine.sampling import sample, uniform
 from engine.scheduler import QueueFull, Scheduler
 from engine.sequence import BASE, PromptRead, SamplingParams, Sequence
@@ -61,18 +62,24 @@ class EngineStats:
     queued: int = 0
     steps: int = 0
     prefill_tokens: int = 0  # prompt tokens put through the model
+    reused_tokens: int = 0  # prompt tokens that were known from before
     tokens: int = 0  # tokens sampled
     finished: int = 0
     cancelled: int = 0
     kv_bytes: int = 0
+    kept_bytes: int = 0  # of keys and values that may be reused
 
 
 class Engine:
-    """Runs one model for many sequences at once."""
+    """Runs one model for many sequences at once.
+
+    reuse_bytes: memory for keys and values of finished conversations, whose next turn then reads only what is new; 0 keeps
+    none, as it must be where adapters are trained.
+    """
 
     def __init__(
         self, model: CausalModel, tokenizer: ChatTokenizer, *, max_sequences: int = 32, max_context: int | None = None,
-        max_queue: int = 256,
+        max_queue: int = 256, reuse_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         model.pack()
@@ -81,20 +88,24 @@ class Engine:
         self.stats = EngineStats()
         # Row 0 is where a prompt is read; it is then copied for each reply, so that running sequence i has row i + 1.
         self._cache = model.new_cache(max_sequences + 1, self.max_context)
+        self._prefixes = Prefixes(reuse_bytes) if reuse_bytes else None
         self._ids = itertools.count()
         self._eos = frozenset(tokenizer.eos_ids) | frozenset(model.eos_ids)
         self._stack: Mixture | None = None
         self._stacked: tuple[int, tuple[str, ...]] | None = None  # what it was made of
 
-    def add(self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str]) -> list[Sequence]:
+    def add(
+        self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str], owner: str = ""
+    ) -> list[Sequence]:
         """Queue `len(params)` replies to one prompt, reply i by versions[i]; those of one version share one prefill.
 
+        owner: who asks. What was read for one is not reused for another, who could tell by the time it took.
         Raises QueueFull, PromptTooLong, UnknownVersion, or ValueError for an empty or impossible prompt; then
         nothing was queued.
         """
         self._check(prompt_ids, params, versions)
         self.scheduler.check_room(len(params))
-        return self._queue(prompt_ids, params, versions)
+        return self._queue(prompt_ids, params, versions, owner)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
@@ -104,6 +115,9 @@ class Engine:
             return []
         tokens, logprobs = self._sample(self.model.logits(torch.cat(hidden)))
         deltas = [self._extend(*new) for new in zip(self.scheduler.running, tokens, logprobs, strict=True)]
+        for row, delta in enumerate(deltas, 1):
+            if delta.finished and delta.sequence.finish_reason != "cancelled":
+                self._keep(delta.sequence, delta.sequence.prompt_ids + delta.sequence.token_ids[:-1], row)
         self._leave(delta.sequence for delta in deltas if delta.finished)
         self.stats.steps += 1
         self.stats.tokens += len(deltas)
@@ -144,6 +158,13 @@ class Engine:
         if name in self.scheduler.versions():
             raise VersionInUse(f"version {name!r} is still writing replies")
         self.model.lora.delete(name)
+        self.forget(name)
+
+    def forget(self, version: str | None = None) -> None:
+        """Drop what is kept for reuse: all of it (somebody erased words), or what one version made."""
+        if self._prefixes is not None:
+            self._prefixes.forget(version)
+            self._count()
 
     def generate(
         self, prompts: list[list[int]], params: list[SamplingParams], version: str = BASE
@@ -164,17 +185,17 @@ class Engine:
         return sequences
 
     def _queue(
-        self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str]
+        self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str], owner: str = ""
     ) -> list[Sequence]:
         sequences = [
-            Sequence(next(self._ids), prompt_ids, p, version, streaming=StreamingText(self.tokenizer, p.stop))
+            Sequence(next(self._ids), prompt_ids, p, version, owner, streaming=StreamingText(self.tokenizer, p.stop))
             for p, version in zip(params, versions, strict=True)
         ]
         for version in dict.fromkeys(versions):
             mine = [s for s in sequences if s.version == version]
             for at in range(0, len(mine), self.scheduler.max_sequences):
                 self.scheduler.add(
-                    PromptRead(prompt_ids, version, mine[at : at + self.scheduler.max_sequences])
+                    PromptRead(prompt_ids, version, mine[at : at + self.scheduler.max_sequences], owner)
                 )
         self._count()
         return sequences
@@ -212,6 +233,9 @@ class Engine:
         """Read waiting prompts, up to a budget of tokens; where one is done, its sequences join: [(K, D), ...]."""
         budget, hidden = PREFILL_TOKENS, []
         while budget > 0 and (read := self.scheduler.next_read()):
+            if not read.done and self._prefixes is not None:
+                read.done = self._prefixes.restore((read.version, read.owner), read.prompt_ids, self._cache, 0)
+                self.stats.reused_tokens += read.done
             count = min(read.left, budget)
             ids = torch.tensor([read.prompt_ids[read.done : read.done + count]], device=self.model.device)
             adapter = self._adapter([read.version])
@@ -221,11 +245,17 @@ class Engine:
             budget -= count
             self.stats.prefill_tokens += count
             if not read.left:
+                self._keep(read, read.prompt_ids, 0)
                 for row in self.scheduler.join(read):
                     self._cache.reserve(row + 2, 0)
                     self._cache.copy(0, row + 1, len(read.prompt_ids))
                 hidden.append(last.expand(len(read.sequences), -1))
         return hidden
+
+    def _keep(self, whose: Sequence | PromptRead, ids: list[int], row: int) -> None:
+        """Remember `ids`, whose keys and values are in `row`, for what may follow them."""
+        if self._prefixes is not None:
+            self._prefixes.keep((whose.version, whose.owner), ids, self._cache, row)
 
     def _adapter(self, versions: list[str]) -> Mixture | None:
         """The adapters of a batch whose row i is by versions[i]; only versions that are running are stacked."""
@@ -279,6 +309,7 @@ class Engine:
     def _count(self) -> None:
         self.stats.running, self.stats.queued = len(self.scheduler.running), self.scheduler.queued
         self.stats.kv_bytes = self._cache.bytes
+        self.stats.kept_bytes = self._prefixes.bytes if self._prefixes is not None else 0
         if not self.has_work():
             self._stacked = self._stack = None  # an adapter may be trained while nothing runs
 

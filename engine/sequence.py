@@ -45,6 +45,7 @@ class Sequence:
     prompt_ids: list[int]
     params: SamplingParams
     version: str
+    owner: str = ""  # whose it is; what was read for one owner is never reused for another
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # nats, one per token
     text: str = ""
@@ -68,6 +69,7 @@ class PromptRead:
     prompt_ids: list[int]
     version: str
     sequences: list[Sequence]
+    owner: str = ""
     done: int = 0  # prompt tokens read so far
 
     @property

@@ -133,13 +133,15 @@ class EngineBridge:
         self._post(command)
         return await done
 
-    async def submit(self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str]) -> Stream:
+    async def submit(
+        self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str], owner: str = ""
+    ) -> Stream:
         """Admit one request of `len(params)` sequences. Raises what `Engine.add` does: QueueFull, PromptTooLong ..."""
         assert self._loop is not None
         stream = Stream(self._loop)
 
         def add(engine: Engine) -> None:
-            sequences = engine.add(prompt_ids, params, versions)
+            sequences = engine.add(prompt_ids, params, versions, owner)
             stream.sequences, stream._open, stream._seen = sequences, len(sequences), [0] * len(sequences)
             for index, sequence in enumerate(sequences):
                 self._streams[id(sequence)] = (stream, index)

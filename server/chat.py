@@ -109,7 +109,7 @@ class Chat:
             for s in chat.seeds
         ]
         try:
-            chat.stream = await runtime.bridge.submit(prompt_ids, params, list(slots.versions))
+            chat.stream = await runtime.bridge.submit(prompt_ids, params, list(slots.versions), who.voter)
         except BaseException as refused:
             runtime.deployment.give_back(slots)
             if isinstance(refused, QueueFull):

@@ -51,7 +51,7 @@ class Runtime:
         self.registry = AdapterRegistry(settings.data_dir / "adapters")
         self.rounds = RoundFiles(settings.data_dir / "rounds")
         engine = Engine(model, tokenizer, max_sequences=settings.max_sequences, max_context=self.max_context,
-                        max_queue=settings.max_queue)
+                        max_queue=settings.max_queue, reuse_bytes=settings.reuse_mb << 20)
         threads = settings.threads
         self.bridge = EngineBridge(engine, on_start=(lambda: torch.set_num_threads(threads)) if threads else None)
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")

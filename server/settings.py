@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     max_sequences: int = Field(32, ge=1, le=1024, description="replies decoded side by side")
     max_context: int | None = Field(None, ge=16, description="tokens of prompt and reply; default the model's own")
     max_queue: int = Field(256, ge=1, description="replies that may wait for a slot before 429")
+    reuse_mb: int = Field(
+        256, ge=0, description="MiB for what was read before, so that the next turn of a conversation starts sooner; 0 = off")
     max_tokens: int = Field(1024, ge=1, description="longest reply in tokens, and the default length cap")
     request_timeout_s: float = Field(120.0, gt=0, description="deadline of one chat request, in seconds")
     grace_s: float = Field(20.0, ge=0, description="how long running requests may finish at shutdown, in seconds")

@@ -32,7 +32,8 @@ async def get_stats(request: Request, who: Operator) -> dict[str, Any]:
         "engine": {
             "running": engine.running, "queued": engine.queued, "steps": engine.steps, "tokens": engine.tokens,
             "prefill_tokens": engine.prefill_tokens, "finished": engine.finished, "cancelled": engine.cancelled,
-            "kv_bytes": engine.kv_bytes, "max_sequences": runtime.settings.max_sequences,
+            "reused_tokens": engine.reused_tokens, "kv_bytes": engine.kv_bytes, "kept_bytes": engine.kept_bytes,
+            "max_sequences": runtime.settings.max_sequences,
             "max_context": runtime.max_context,
         },
         "uptime_s": round(time.time() - (runtime.started or time.time()), 1),

@@ -286,6 +286,12 @@ def test_status_counts_votes_down(tiny_llama: Path, tmp_path: Path) -> None:
 # --- conversations
 
 
+def server_stats(server: Served) -> dict[str, Any]:
+    """The engine's counters."""
+    with server.client() as operator:
+        return operator.get("/v1/stats").json()["engine"]
+
+
 def test_a_conversation_goes_on_is_read_and_is_erased(server: Served) -> None:
     with server.client("cleo") as c, server.client("dan") as other:
         first = ask(c, 2)
@@ -301,7 +307,9 @@ def test_a_conversation_goes_on_is_read_and_is_erased(server: Served) -> None:
         assert [row["conversation_id"] for row in c.get("/v1/conversations", params={"mine": True}).json()["data"]] == [ids["conversation_id"]]
         error_of(chat(other, metadata={"conversation_id": ids["conversation_id"]}), 404)
         c.put(f"/v1/comparisons/{ids['comparison_id']}/vote", json={"favourite": 1})
+        assert server_stats(server)["kept_bytes"] > 0
         gone = c.delete(f"/v1/conversations/{ids['conversation_id']}")
+        assert server_stats(server)["kept_bytes"] == 0  # nor are the words in what the engine keeps of them
         assert gone.status_code == 200 and gone.json()["votes"] == 1 and gone.json()["versions"] == []
         error_of(c.get(f"/v1/conversations/{ids['conversation_id']}"), 404)
         error_of(c.get(f"/v1/comparisons/{ids['comparison_id']}"), 404)
