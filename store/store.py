@@ -200,11 +200,12 @@ class Store:
 
     def conversations(self, voter: str | None = None, limit: int = 50) -> list[ConversationRow]:
         """Newest first; everybody's when no voter is named."""
+        whose, args = ("", []) if voter is None else ("where c.voter = ?", [voter])
         with self._read() as db:
             rows = db.execute(
                 "select c.id, c.voter, c.created, c.updated, coalesce((select substr(m.content, 1, 80) from messages m "
                 "where m.conversation_id = c.id and m.role = 'user' order by m.rowid limit 1), '') from conversations c "
-                "where ? is null or c.voter = ? order by c.updated desc, c.rowid desc limit ?", [voter, voter, limit])
+                f"{whose} order by c.updated desc, c.rowid desc limit ?", [*args, limit])
             return [ConversationRow(*row) for row in rows]
 
     def conversation(self, conversation_id: str) -> Conversation | None:
@@ -276,7 +277,8 @@ class Store:
             "insert into votes (id, comparison_id, voter, kind, groups, edit, comment, created) values (?, ?, ?, ?, ?, ?, ?, ?) returning seq",
             [vote_id, comparison_id, voter, kind, json.dumps([list(group) for group in groups]), edit, comment, now],
         ).fetchone()[0]
-        db.execute("insert or replace into standing_votes values (?, ?, ?)", [comparison_id, voter, seq])
+        db.execute(  # not "or replace", which deletes without telling the tallies
+            "insert into standing_votes values (?, ?, ?) on conflict (comparison_id, voter) do update set seq = excluded.seq", [comparison_id, voter, seq])
         db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
         if edit:
             db.table("demonstrations").insert({"seq": seq, "comparison_id": comparison_id, "voter": voter, "reply": edit, "created": now})
@@ -327,6 +329,8 @@ class Store:
     def standing_votes(self, *, since_seq: int = 0) -> int:
         """How many votes stand whose seq is after `since_seq`."""
         with self._read() as db:
+            if not since_seq:
+                return db.execute("select rows from tallies where name = 'standing_votes'").fetchone()[0]
             return db.execute("select count(*) from standing_votes where seq > ?", [since_seq]).fetchone()[0]
 
     def standing_demonstrations(self, *, since_seq: int = 0) -> int:
@@ -354,9 +358,9 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many of everything there are."""
-        tables = ("conversations", "comparisons", "completions", "demonstrations", "adapters", "rounds")
         with self._read() as db:
-            return {"votes": self.standing_votes()} | {name: db.table(name).count for name in tables}
+            tallies = dict(db.execute("select name, rows from tallies").fetchall())
+            return {"votes": tallies.pop("standing_votes")} | tallies | {name: db.table(name).count for name in ("adapters", "rounds")}
 
     # --- adapters, rounds, deployment, control
 
