@@ -74,6 +74,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime, fields 14 and 15 of proc(5)
 
 
+def machine_cpu_seconds() -> float:
+    """CPU seconds that everything on this machine together has used so far. Linux only."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text("ascii").splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")  # idle and waiting for the disk left out
+
+
 def learner_pid(server: Server) -> int:
     """The learner's process, as its heartbeat says. Raises RuntimeError while there is none."""
     pid = (RoundFiles(server.data_dir / "rounds").read_heartbeat() or {}).get("pid")

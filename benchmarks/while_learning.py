@@ -7,7 +7,7 @@ round (a copy of the data, the same seed) runs once more on a server that nobody
 Gap: time between two pieces of one streamed reply, as the client sees it. What is left for the learner: all cores less the
 CPU seconds a second that server and client use in the PPO stage. With it the learner could run at `alone * min(1, left /
 cores it used alone)` tokens a second; `learner_share` is how much of that it got. Prints as it goes, JSON last; exit status
-1 when a target is missed.
+1 when a target is missed. It needs a quiet machine: what other processes use is measured too, and said when it is much.
 """
 
 from __future__ import annotations
@@ -29,12 +29,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import httpx
 
-from benchmarks.serving import Server, cpu_seconds, learner_pid, serving, until_learner_rests
+from benchmarks.serving import (
+    Server,
+    cpu_seconds,
+    learner_pid,
+    machine_cpu_seconds,
+    serving,
+    until_learner_rests,
+)
 from learner.prompts import prompts_from
 from learner.simulate import Client, simulate
 from store.rounds import RoundFiles
 
 TARGETS = {"gap_ratio": 1.5, "learner_share": 0.6}  # at most, at least
+OTHERS = 0.15  # cores used by other processes, over which the figures are called doubtful
 STAGES = ("training_reward", "ppo", "gating")
 
 
@@ -89,6 +97,7 @@ class Stage:
     ended: float
     chat_cpu: float  # server and client
     learner_cpu: float
+    others_cpu: float  # everything else on the machine
 
     @property
     def seconds(self) -> float:
@@ -102,15 +111,16 @@ class Watch:
     server: Server
     stages: list[Stage] = field(default_factory=list)
 
-    def used(self) -> tuple[float, float, float]:
-        """Now, and the CPU seconds so far of the chat (server and this process) and of the learner."""
-        pid = learner_pid(self.server)
-        return time.monotonic(), cpu_seconds(self.server.pid) + time.process_time(), cpu_seconds(pid)
+    def used(self) -> tuple[float, ...]:
+        """Now, and the CPU seconds so far of the chat (server and this process), of the learner, and of all else."""
+        chat, learner = cpu_seconds(self.server.pid) + time.process_time(), cpu_seconds(learner_pid(self.server))
+        return time.monotonic(), chat, learner, machine_cpu_seconds() - chat - learner
 
-    def stretch(self, name: str, before: tuple[float, float, float]) -> tuple[float, float, float]:
+    def stretch(self, name: str, before: tuple[float, ...]) -> tuple[float, ...]:
         """Close the stage that began at `before`; what the next one begins at."""
         after = self.used()
-        self.stages.append(Stage(name, before[0], after[0], after[1] - before[1], after[2] - before[2]))
+        used = (now - then for then, now in zip(before[1:], after[1:], strict=True))
+        self.stages.append(Stage(name, before[0], after[0], *used))
         return after
 
     def idle(self, seconds: float) -> None:
@@ -216,10 +226,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     speeds = {"beside": ppo_speed(record), "alone": ppo_speed(other)}
     cores = {"chat": per_s(watch, "chat_cpu"), "learner_beside": per_s(watch, "learner_cpu"), "learner_alone": per_s(by_itself, "learner_cpu")}
+    cores |= {"others_beside": per_s(watch, "others_cpu"), "others_alone": per_s(by_itself, "others_cpu")}
     found = shares(speeds["beside"], speeds["alone"], cores["chat"], cores["learner_alone"], cpus)
     ratio = round(pieces["round"]["median_ms"] / pieces["idle"]["median_ms"], 3)
     print(f"learner's PPO: {speeds['beside']:.0f} tokens/s beside the chat, {speeds['alone']:.0f} alone; the chat used {cores['chat']:.2f} "
           f"of {cpus} cores, so {found['possible_tokens_per_s']:.0f} were possible: share {found['learner_share']:.2f}; gap ratio {ratio:.2f}", flush=True)  # fmt: skip
+    if max(cores["others_beside"], cores["others_alone"]) > OTHERS:
+        print(f"other processes used {cores['others_beside']:.2f} cores beside the chat and {cores['others_alone']:.2f} else: the learner steps back "
+              "for them too, so its share says little", flush=True)  # fmt: skip
     met = {"gap_ratio": ratio <= TARGETS["gap_ratio"], "learner_share": found["learner_share"] >= TARGETS["learner_share"], "none_failed": not chat.failed}
     print(json.dumps({
         "benchmark": "while_learning", "targets": TARGETS, "met": met, "cpus": cpus, "votes": args.votes, "updates": updates, "gap_ratio": ratio, **found,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.http_votes import echoing, load
-from benchmarks.serving import cpu_seconds
+from benchmarks.serving import cpu_seconds, machine_cpu_seconds
 from benchmarks.while_learning import Stage, gap_figures, ppo_speed, shares, within
 
 
@@ -21,7 +21,7 @@ def test_the_learners_share_is_of_what_the_chat_leaves() -> None:
 
 
 def test_gaps_count_in_the_stage_in_which_they_ended() -> None:
-    stages = [Stage("idle", 0.0, 10.0, 1.0, 0.0), Stage("ppo", 10.0, 20.0, 1.0, 5.0), Stage("idle", 20.0, 30.0, 1.0, 0.0)]
+    stages = [Stage("idle", 0.0, 10.0, 1.0, 0.0, 0.0), Stage("ppo", 10.0, 20.0, 1.0, 5.0, 0.0), Stage("idle", 20.0, 30.0, 1.0, 0.0, 0.0)]
     gaps = [(5.0, 0.1), (10.0, 0.2), (19.9, 0.3), (25.0, 0.4), (31.0, 0.5)]
     assert within(gaps, [stages[0], stages[2]]) == [0.1, 0.4]
     assert within(gaps, [stages[1]]) == [0.2, 0.3]
@@ -43,6 +43,7 @@ def test_cpu_seconds_are_those_of_the_process_asked_about() -> None:
     while time.process_time() - mine < 0.2:
         sum(range(1000))
     assert cpu_seconds(os.getpid()) - before == pytest.approx(0.2, abs=0.05)
+    assert machine_cpu_seconds() >= cpu_seconds(os.getpid()) > 0
     with pytest.raises(RuntimeError, match="has ended"):
         cpu_seconds(2**22 + 1)
 
