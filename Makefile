@@ -38,11 +38,8 @@ lint: venv             ## ruff and mypy
 format: venv           ## sort imports and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 
-bench: venv            ## every benchmark but the GPU one; each prints JSON last
-	$(BIN)/python -m benchmarks.engine
-	$(BIN)/python -m benchmarks.reward_real
-	$(BIN)/python -m benchmarks.replay
-	$(BIN)/python -m benchmarks.learning
+bench: venv $(if $(PLAUDIT_PEERS),,peers)  ## every benchmark but the GPU's, under 40 minutes  (ARGS="--only engine")
+	@$(BIN)/python -m benchmarks.suite $(ARGS)
 
 peers: .venv-peers/.done  ## build .venv-peers with TRL, for the benchmarks against it
 

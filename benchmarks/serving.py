@@ -1,4 +1,4 @@
-"""A real `plaudit serve` as a child process, for benchmarks: started on a free port, waited for, stopped."""
+"""A real `plaudit serve` as a child process, for benchmarks: started on a free port, waited for, measured, stopped."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from store.rounds import RoundFiles
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -61,6 +63,38 @@ def serving(*flags: str, data_dir: Path | None = None, ready_within_s: float = 1
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds that a process has used so far, all its threads together, its children not. Linux only."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    except FileNotFoundError:
+        raise RuntimeError(f"cannot read the CPU time of process {pid}: it has ended, or this is not Linux") from None
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime, fields 14 and 15 of proc(5)
+
+
+def machine_cpu_seconds() -> float:
+    """CPU seconds that everything on this machine together has used so far. Linux only."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text("ascii").splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")  # idle and waiting for the disk left out
+
+
+def learner_pid(server: Server) -> int:
+    """The learner's process, as its heartbeat says. Raises RuntimeError while there is none."""
+    pid = (RoundFiles(server.data_dir / "rounds").read_heartbeat() or {}).get("pid")
+    if pid is None:
+        raise RuntimeError(f"no learner has said anything in {server.data_dir}")
+    return int(pid)
+
+
+def until_learner_rests(server: Server, limit_s: float = 120.0) -> None:
+    """Wait until the learner has loaded its model and has nothing to do. Raises RuntimeError after `limit_s`."""
+    end, files = time.monotonic() + limit_s, RoundFiles(server.data_dir / "rounds")
+    while (files.read_heartbeat() or {}).get("state") not in ("idle", "paused"):
+        if time.monotonic() > end:
+            raise RuntimeError(f"the learner has not come to rest after {limit_s:.0f} s; see {server.data_dir / 'learner.log'}")
+        time.sleep(0.2)
 
 
 def is_ready(url: str) -> bool:

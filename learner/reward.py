@@ -35,6 +35,7 @@ from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split
 from learner.losses import outside_option, preference_loss
 from learner.metrics import pair_accuracy
+from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
@@ -83,8 +84,10 @@ class Member(nn.Module):
         last, mean, length = features.split([self.head.in_features, self.head.in_features, 1], dim=-1)
         return (self.head(last) + self.pooled(mean)).squeeze(-1) + self.slope * length.squeeze(-1)
 
-    def forward(self, model: CausalModel, batch: Rows) -> Tensor:
-        """Scores (N,) of the rows."""
+    def forward(self, model: CausalModel, batch: Rows | PackedRows) -> Tensor:
+        """Scores (N,) of the rows' replies."""
+        if isinstance(batch, PackedRows):
+            return self.of_features(features_of_packed(model, batch, self.adapter))
         return self.of_features(features_of(model, batch, self.adapter))
 
 
@@ -104,6 +107,16 @@ def features_of(model: CausalModel, batch: Rows, adapter: str | None) -> Tensor:
     last = hidden[torch.arange(len(batch.ids), device=batch.ids.device), batch.valid.sum(1) - 1]
     count = batch.reply.sum(1, keepdim=True)  # (N, 1)
     mean = torch.where(batch.reply[:, :, None], hidden, 0.0).sum(1) / count.clamp(min=1)
+    return torch.cat([last, mean, count.float().log1p()], dim=1)
+
+
+def features_of_packed(model: CausalModel, batch: PackedRows, adapter: str | None) -> Tensor:
+    """`features_of` each reply, (M, 2D + 1) float32, where replies to one prompt share a row."""
+    hidden = model(batch.ids, positions=batch.positions, valid=batch.valid, attend=batch.attend, adapter=adapter).float()  # (N, T, D)
+    last = hidden[batch.row, batch.last]
+    count = batch.reply.sum(1, keepdim=True)  # (M, 1)
+    of_reply = [hidden[n, columns] for n, columns in zip(batch.row.tolist(), batch.reply, strict=True)]
+    mean = torch.stack([own.sum(0) for own in of_reply]) / count.clamp(min=1)
     return torch.cat([last, mean, count.float().log1p()], dim=1)
 
 
@@ -177,6 +190,13 @@ class RewardModel:
             if member.adapter:
                 self.model.lora.delete(member.adapter)
                 member.adapter = None
+
+    def rows_of(self, examples: Sequence[RankedExample]) -> Rows | PackedRows:
+        """The completions of the examples, in order: one row an example where that is cheaper, else one a completion."""
+        groups = [(e.prompt_ids, e.completions_ids) for e in examples]
+        if worth_packing(groups, self.model.hidden_size, min(self.config.max_tokens, self.model.max_context)):
+            return PackedRows.of(groups, self.model.pad_id, self.model.device)
+        return self.rows([(prompt, reply) for prompt, replies in groups for reply in replies])
 
     def rows(self, pairs: Sequence[Pair]) -> Rows:
         """(prompt, reply) pairs as rows of at most `max_tokens` each: the oldest tokens go first, the end is always kept."""
@@ -267,8 +287,7 @@ class Fit:
 
     def _loss(self, batch: Sequence[int]) -> Tensor:
         examples = [self.examples[i] for i in batch]
-        pairs = [(e.prompt_ids, c) for e in examples for c in e.completions_ids]
-        scores = self.member(self.reward.model, self.reward.rows(pairs))
+        scores = self.member(self.reward.model, self.reward.rows_of(examples))
         return comparisons_loss(scores, examples, self.log_nu, self.weights[list(batch)], self.level)
 
 

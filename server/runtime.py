@@ -22,6 +22,7 @@ from engine.model import CausalModel
 from engine.source import ModelError
 from engine.tokenizer import ChatTokenizer
 from server.auth import Keyring, VoterHash, check_bind
+from server.ballots import Ballots
 from server.bridge import EngineBridge
 from server.candidates import Candidates
 from server.deployment import Deployment
@@ -55,6 +56,7 @@ class Runtime:
         threads = settings.threads
         self.bridge = EngineBridge(engine, on_start=(lambda: torch.set_num_threads(threads)) if threads else None)
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self.ballots = Ballots(store, self.db)
         self.deployment = Deployment(
             settings, store, self.registry, self.rounds, self.bridge, self.metrics, self.db,
             base_digest=model.digest, dtype=str(model.dtype).removeprefix("torch."),

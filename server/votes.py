@@ -16,7 +16,7 @@ from server.auth import Identity
 from server.errors import ApiError
 from server.runtime import Runtime
 from server.schema import VoteRequest
-from store.records import Comparison
+from store.records import Ballot, Comparison
 
 router = APIRouter()
 
@@ -43,9 +43,7 @@ async def put_vote(comparison_id: str, body: VoteRequest, request: Request, who:
         kind, groups = body.judgement(len(comparison.completions))
     except ValueError as wrong:
         raise ApiError(400, str(wrong)) from wrong
-    vote, first = await runtime.db(
-        runtime.store.record_vote, comparison_id, who.voter, groups=groups, kind=kind, edit=body.edit, comment=body.comment
-    )
+    vote, first = await runtime.ballots.cast(Ballot(comparison_id, who.voter, groups, kind, body.edit, body.comment))
     runtime.metrics.votes.labels(kind).inc()
     runtime.deployment.count(comparison, who.voter, groups)
     await runtime.deployment.weigh()

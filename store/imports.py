@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from store.preferences import read_preferences
-from store.records import Completion, NewComparison
+from store.records import Ballot, Completion, NewComparison
 from store.store import Store, new_id
 
 VERSION = "imported"  # the version of replies that no model of ours wrote
@@ -33,7 +33,7 @@ def import_preferences(store: Store, file: str | Path, *, progress: Callable[[in
             completions = tuple(Completion(i, text, (), (), VERSION, "stop", 0) for i, text in enumerate(texts))
             new = NewComparison(comparison_id, new_id("conv"), voter, row.prompt, {"imported": path.name}, completions)
             store._insert_comparison(db, new, now)
-            store._insert_vote(db, comparison_id, voter, [[first], [1 - first]], "favourite", None, None, now)
+            store._insert_vote(db, Ballot(comparison_id, voter, [[first], [1 - first]], "favourite"), now)
             if progress is not None and (done % 50 == 0 or done == len(rows)):
                 progress(done, len(rows))
     return len(rows)

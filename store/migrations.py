@@ -78,3 +78,16 @@ def m003_operations(db: Database) -> None:
     create trigger audit_is_append_only_u before update on audit begin select raise(abort, 'the audit log is append-only'); end;
     create trigger audit_is_append_only_d before delete on audit begin select raise(abort, 'the audit log is append-only'); end;
     """)
+
+
+@migrations()
+def m004_flat_reads(db: Database) -> None:
+    """What pages ask for costs the same however much there is: the newest conversations by an index, counts by tallies."""
+    db.executescript("create index conversations_by_update on conversations (updated);")
+    db.executescript("create table tallies (name text primary key, rows integer not null) strict, without rowid;")
+    for table in ("conversations", "comparisons", "completions", "standing_votes", "demonstrations"):
+        db.executescript(f"""
+        insert into tallies select '{table}', count(*) from {table};
+        create trigger {table}_more after insert on {table} begin update tallies set rows = rows + 1 where name = '{table}'; end;
+        create trigger {table}_less after delete on {table} begin update tallies set rows = rows - 1 where name = '{table}'; end;
+        """)

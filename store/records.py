@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,18 @@ class NewComparison:
     messages: tuple[Message, ...]  # the conversation so far
     settings: dict[str, Any]  # sampling settings
     completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A vote to be recorded."""
+
+    comparison_id: str
+    voter: str
+    groups: Sequence[Sequence[int]]  # completion indices, best first, ties grouped
+    kind: str  # favourite | ranking | tie | none
+    edit: str | None = None
+    comment: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from store.errors import NotFound
 from store.preferences import Preference
 from store.records import (
     AdapterRow,
+    Ballot,
     Comparison,
     Completion,
     Control,
@@ -200,11 +201,12 @@ class Store:
 
     def conversations(self, voter: str | None = None, limit: int = 50) -> list[ConversationRow]:
         """Newest first; everybody's when no voter is named."""
+        whose, args = ("", []) if voter is None else ("where c.voter = ?", [voter])
         with self._read() as db:
             rows = db.execute(
                 "select c.id, c.voter, c.created, c.updated, coalesce((select substr(m.content, 1, 80) from messages m "
                 "where m.conversation_id = c.id and m.role = 'user' order by m.rowid limit 1), '') from conversations c "
-                "where ? is null or c.voter = ? order by c.updated desc, c.rowid desc limit ?", [voter, voter, limit])
+                f"{whose} order by c.updated desc, c.rowid desc limit ?", [*args, limit])
             return [ConversationRow(*row) for row in rows]
 
     def conversation(self, conversation_id: str) -> Conversation | None:
@@ -259,29 +261,42 @@ class Store:
 
         `groups`: completion indices, best first, ties grouped. Raises NotFound.
         """
-        if kind not in KINDS:
-            raise ValueError(f"{kind!r} is not a kind of vote")
-        with self._write() as db:
-            return self._insert_vote(db, comparison_id, voter, groups, kind, edit, comment, time.time())
+        (made,) = self.record_votes([Ballot(comparison_id, voter, groups, kind, edit, comment)])
+        if isinstance(made, NotFound):
+            raise made
+        return made
 
-    def _insert_vote(
-        self, db: Database, comparison_id: str, voter: str, groups: Sequence[Sequence[int]], kind: str,
-        edit: str | None, comment: str | None, now: float,
-    ) -> tuple[Vote, bool]:
+    def record_votes(self, ballots: Sequence[Ballot]) -> list[tuple[Vote, bool] | NotFound]:
+        """Votes in order and in one transaction: one wait for the disk, however many. For each what `record_vote` returns
+        or raises; one that is not found keeps none of the others out."""
+        if wrong := [ballot.kind for ballot in ballots if ballot.kind not in KINDS]:
+            raise ValueError(f"{wrong[0]!r} is not a kind of vote")
+        made: list[tuple[Vote, bool] | NotFound] = []
+        with self._write() as db:
+            for ballot in ballots:
+                try:
+                    made.append(self._insert_vote(db, ballot, time.time()))
+                except NotFound as absent:  # before anything of it was written
+                    made.append(absent)
+        return made
+
+    def _insert_vote(self, db: Database, ballot: Ballot, now: float) -> tuple[Vote, bool]:
+        comparison_id, voter, edit = ballot.comparison_id, ballot.voter, ballot.edit
         if db.execute("select 1 from comparisons where id = ?", [comparison_id]).fetchone() is None:
             raise NotFound("there is no such comparison")
         stood = db.execute("select seq from standing_votes where comparison_id = ? and voter = ?", [comparison_id, voter]).fetchone()
         vote_id = new_id("vote")
         seq = db.execute(
             "insert into votes (id, comparison_id, voter, kind, groups, edit, comment, created) values (?, ?, ?, ?, ?, ?, ?, ?) returning seq",
-            [vote_id, comparison_id, voter, kind, json.dumps([list(group) for group in groups]), edit, comment, now],
+            [vote_id, comparison_id, voter, ballot.kind, json.dumps([list(group) for group in ballot.groups]), edit, ballot.comment, now],
         ).fetchone()[0]
-        db.execute("insert or replace into standing_votes values (?, ?, ?)", [comparison_id, voter, seq])
+        db.execute(  # not "or replace", which deletes without telling the tallies
+            "insert into standing_votes values (?, ?, ?) on conflict (comparison_id, voter) do update set seq = excluded.seq", [comparison_id, voter, seq])
         db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
         if edit:
             db.table("demonstrations").insert({"seq": seq, "comparison_id": comparison_id, "voter": voter, "reply": edit, "created": now})
-        frozen = tuple(tuple(group) for group in groups)
-        return Vote(vote_id, seq, comparison_id, voter, kind, frozen, edit, comment, now), stood is None
+        frozen = tuple(tuple(group) for group in ballot.groups)
+        return Vote(vote_id, seq, comparison_id, voter, ballot.kind, frozen, edit, ballot.comment, now), stood is None
 
     def withdraw_vote(self, comparison_id: str, voter: str) -> bool:
         """Append a withdrawal; False when no vote stands."""
@@ -327,6 +342,8 @@ class Store:
     def standing_votes(self, *, since_seq: int = 0) -> int:
         """How many votes stand whose seq is after `since_seq`."""
         with self._read() as db:
+            if not since_seq:
+                return db.execute("select rows from tallies where name = 'standing_votes'").fetchone()[0]
             return db.execute("select count(*) from standing_votes where seq > ?", [since_seq]).fetchone()[0]
 
     def standing_demonstrations(self, *, since_seq: int = 0) -> int:
@@ -354,9 +371,9 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many of everything there are."""
-        tables = ("conversations", "comparisons", "completions", "demonstrations", "adapters", "rounds")
         with self._read() as db:
-            return {"votes": self.standing_votes()} | {name: db.table(name).count for name in tables}
+            tallies = dict(db.execute("select name, rows from tallies").fetchall())
+            return {"votes": tallies.pop("standing_votes")} | tallies | {name: db.table(name).count for name in ("adapters", "rounds")}
 
     # --- adapters, rounds, deployment, control
 

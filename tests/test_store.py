@@ -342,3 +342,39 @@ def test_the_settings_in_force_are_those_that_doctor_tells(store: Store) -> None
     wanted = durability()
     assert store.db.execute("pragma journal_mode").fetchone()[0].upper() == wanted.journal
     assert store.db.execute("pragma synchronous").fetchone()[0] == {"FULL": 2, "EXTRA": 3}[wanted.synchronous]
+
+
+def test_counts_are_those_of_a_full_count_whatever_comes_and_goes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    older = Database(tmp_path / "data" / FILE)
+    migrations.apply(older, stop_before="m004_flat_reads")
+    older.execute("insert into conversations values ('conv_old', 'ann', 1.0, 1.0)")
+    older.conn.commit()
+    older.close()
+    with Store.open(tmp_path / "data") as store:
+        made = [ask(store, "hello", conversation=f"conv_{i % 2}") for i in range(4)]
+        for comparison in made:
+            for kind in ("favourite", "tie"):  # the second replaces the first
+                store.record_vote(comparison.id, "ann", groups=[[0], [1, 2]], kind=kind, edit="better" if kind == "tie" else None)
+        store.withdraw_vote(made[0].id, "ann")
+        store.erase_conversation("conv_1")
+        tables = ("conversations", "comparisons", "completions", "demonstrations", "adapters", "rounds")
+        counted = {table: store.db.table(table).count for table in tables} | {"votes": store.db.table("standing_votes").count}
+        assert store.counts() == counted == {
+            "conversations": 2, "comparisons": 2, "completions": 6, "demonstrations": 1, "adapters": 0, "rounds": 0, "votes": 1,
+        }  # fmt: skip
+        assert store.standing_votes() == store.vote_counts().standing == 1
+
+
+def test_what_every_page_asks_for_reads_no_table_whole(store: Store) -> None:
+    ask(store, "hello")
+    asked: list[str] = []
+    store.db.conn.set_trace_callback(asked.append)
+    store.conversations(), store.conversations("ann"), store.vote_counts(), store.standing_votes(since_seq=3), store.comparison("cmp_none")
+    store.db.conn.set_trace_callback(None)
+    plans = {sql: " | ".join(row[3] for row in store.db.execute(f"explain query plan {sql}")) for sql in asked if sql.startswith("select")}
+    newest = [plan for sql, plan in plans.items() if "from conversations c" in sql]
+    assert len(newest) == 2 and all("INDEX conversations_by" in plan for plan in newest)  # in the index's order: no sorting of all
+    assert not [plan for plan in newest if plan.count("TEMP B-TREE") > plan.count("SUBQUERY")]
+    held = [plan for plan in plans.values() if "SCAN" in plan and "USING INDEX conversations_by_update" not in plan]
+    assert not [plan for plan in held if "SCAN rounds" not in plan], held

@@ -46,6 +46,13 @@ def cut(task: dict[str, Any], example: int, completion: int) -> list[int]:
 
 def fitted(task: dict[str, Any], train: list[int], lr: float) -> Any:
     """A reward model of the training votes' pairs."""
+    trainer = reward_trainer(task, train, lr)
+    trainer.train()
+    return trainer.model.eval()
+
+
+def reward_trainer(task: dict[str, Any], train: list[int], lr: float) -> Any:
+    """TRL's trainer on the training votes' pairs, ready to train."""
     pairs = [
         {"chosen_ids": cut(task, i, winner), "rejected_ids": cut(task, i, loser)}
         for i in train
@@ -65,9 +72,7 @@ def fitted(task: dict[str, Any], train: list[int], lr: float) -> Any:
     adapter = LoraConfig(
         r=task["lora_r"], lora_alpha=task["lora_alpha"], target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
     )
-    trainer = RewardTrainer(model=base, args=config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=adapter)
-    trainer.train()
-    return trainer.model.eval()
+    return RewardTrainer(model=base, args=config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=adapter)
 
 
 @torch.no_grad()

@@ -1,0 +1,81 @@
+"""Replies to one prompt in one row: the prompt is read once, each reply sees it and itself, and no other reply.
+
+Owns how such rows are laid out and when they cost less than a row for each reply. What is read off them is
+`learner/reward.py`'s. The hidden states are those of separate rows, up to float rounding (a test holds them equal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the replies to it, token ids
+WORTH = 0.9  # of the cost of separate rows, at most: a dense mask is slower than the causal one
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A row for each prompt, replies one after the other behind it, padded on the right.
+
+    ids, positions, valid: (N, T); attend: (N, T, T) bool. For each of the M replies in order: row (M,), the column of its
+    last token (the prompt's, for an empty reply) last (M,), its columns reply (M, T) bool.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    valid: Tensor
+    attend: Tensor
+    row: Tensor
+    last: Tensor
+    reply: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], pad_id: int, device: torch.device | str) -> PackedRows:
+        """Lay the groups out."""
+        wide = max(len(prompt) + sum(map(len, replies)) for prompt, replies in groups)
+        ids = torch.full((len(groups), wide), pad_id, dtype=torch.long)
+        positions = torch.zeros(len(groups), wide, dtype=torch.long)
+        owner = torch.full((len(groups), wide), -1)  # 0: the prompt; 1, 2, ...: a reply; -1: padding
+        row, last, columns = [], [], []
+        for n, (prompt, replies) in enumerate(groups):
+            ids[n, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+            positions[n, : len(prompt)] = torch.arange(len(prompt))
+            owner[n, : len(prompt)] = 0
+            at = len(prompt)
+            for k, reply in enumerate(replies, 1):
+                end = at + len(reply)
+                ids[n, at:end] = torch.tensor(reply, dtype=torch.long)
+                positions[n, at:end] = torch.arange(len(prompt), len(prompt) + len(reply))
+                owner[n, at:end] = k
+                row.append(n)
+                last.append(end - 1 if reply else len(prompt) - 1)
+                columns.append((at, end))
+                at = end
+        reply_columns = torch.zeros(len(row), wide, dtype=torch.bool)
+        for m, (at, end) in enumerate(columns):
+            reply_columns[m, at:end] = True
+        same = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
+        attend = same & torch.ones(wide, wide, dtype=torch.bool).tril()
+        parts = (ids, positions, owner >= 0, attend, torch.tensor(row), torch.tensor(last), reply_columns)
+        return cls(*(part.to(device) for part in parts))
+
+
+def worth_packing(groups: Sequence[Group], hidden_size: int, limit: int) -> bool:
+    """Whether one row a prompt costs clearly less than one a reply, and every prompt fits `limit` whole with each reply.
+
+    Counted: padded tokens, each with a transformer layer's 24 D^2 multiplications and additions and 4 T D of attention.
+    """
+    if any(len(prompt) + max(map(len, replies)) > limit for prompt, replies in groups):
+        return False
+    packed = max(len(prompt) + sum(map(len, replies)) for prompt, replies in groups)
+    plain = max(len(prompt) + max(map(len, replies)) for prompt, replies in groups)
+    rows = sum(len(replies) for _, replies in groups)
+    return len(groups) * cost(packed, hidden_size) <= WORTH * rows * cost(plain, hidden_size)
+
+
+def cost(tokens: int, hidden_size: int) -> float:
+    """Relative cost of a row of so many tokens."""
+    return tokens * (6.0 * hidden_size + tokens)
