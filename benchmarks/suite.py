@@ -25,7 +25,6 @@ PLAN: tuple[tuple[str, ...], ...] = (  # module, arguments: the engine, the serv
     ("load", "--quick"),
     ("reuse", "--quick"),
     ("adapters", "--quick"),
-    ("llama", "--quick"),
     ("http_votes",),
     ("replay",),
     ("while_learning", "--updates", "6"),
