@@ -6,8 +6,9 @@ Filled from the standing votes at start and kept up to date by votes, withdrawal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from server.abtest import AbTest, judge, pair_outcome
 
@@ -22,41 +23,47 @@ class Judged:
 
 
 class Scoreboard:
-    """Standing votes by comparison and voter. Used from the event loop only."""
+    """Standing votes by the two versions they compare, so that a question about two reads no other's. Event loop only."""
 
     def __init__(self) -> None:
-        self._votes: dict[tuple[str, str], Judged] = {}
+        self._votes: dict[str, dict[str, Judged]] = {}  # comparison -> voter -> vote
+        self._pairs: dict[tuple[str, str], dict[tuple[str, str], Judged]] = {}  # two versions -> (comparison, voter) -> vote
 
     def put(self, comparison_id: str, voter: str, created: float, versions: Iterable[str],
             groups: Iterable[Sequence[int]]) -> None:
         """Count this vote instead of the same voter's earlier one."""
         judged = Judged(created, tuple(versions), tuple(tuple(group) for group in groups))
         self.drop(comparison_id, voter)
-        if len(set(judged.versions)) > 1:
-            self._votes[comparison_id, voter] = judged
+        for pair in pairs(judged):
+            self._votes.setdefault(comparison_id, {})[voter] = judged
+            self._pairs.setdefault(pair, {})[comparison_id, voter] = judged
 
     def drop(self, comparison_id: str, voter: str | None = None) -> None:
         """Forget one voter's vote, or everybody's on that comparison."""
-        if voter is not None:
-            self._votes.pop((comparison_id, voter), None)
-            return
-        for key in [key for key in self._votes if key[0] == comparison_id]:
-            del self._votes[key]
+        votes = self._votes.get(comparison_id, {})
+        for gone in [voter] if voter is not None else list(votes):
+            if (judged := votes.pop(gone, None)) is not None:
+                for pair in pairs(judged):
+                    del self._pairs[pair][comparison_id, gone]
+        if not votes:
+            self._votes.pop(comparison_id, None)
 
     def outcomes(self, first: str, second: str, *, since: float = 0.0) -> list[float]:
         """Outcomes in [0, 1] of `first` against `second` in comparisons made after `since`, in voting order."""
-        found = (pair_outcome(v.versions, v.groups, first, second) for v in self._votes.values() if v.created >= since)
+        votes = self._pairs.get((min(first, second), max(first, second)), {}).values()
+        found = (pair_outcome(v.versions, v.groups, first, second) for v in votes if v.created >= since)
         return [outcome for outcome in found if outcome is not None]
 
     def opponents(self, version: str) -> list[str]:
         """The versions it was mixed with, the most often judged first."""
-        counts: dict[str, int] = {}
-        for vote in self._votes.values():
-            if version in vote.versions:
-                for other in set(vote.versions) - {version}:
-                    counts[other] = counts.get(other, 0) + 1
+        counts = {other: len(votes) for pair, votes in self._pairs.items() if version in pair and votes for other in pair if other != version}
         return sorted(counts, key=lambda v: (-counts[v], v))
 
     def test(self, first: str, second: str, *, since: float = 0.0, odds: float = 20.0) -> AbTest:
         """What the votes say about `first` against `second`."""
         return judge(self.outcomes(first, second, since=since), odds=odds)
+
+
+def pairs(judged: Judged) -> Iterator[tuple[str, str]]:
+    """Every two versions that the vote compares, in alphabetical order."""
+    return combinations(sorted(set(judged.versions)), 2)
