@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 
+from benchmarks.charts import chart_file
 from benchmarks.filling import fill
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
@@ -232,7 +232,6 @@ def draw_curves(curves: Sequence[Curve], file: Path) -> None:
         panel.loglog(first.sizes, [1000 * first.seconds[0] * n / first.sizes[0] for n in first.sizes], color="0.8", linestyle="--", zorder=0)
         panel.set(title=title, xlabel=first.unit, ylabel="ms")
         panel.legend(fontsize="x-small")
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
@@ -244,10 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=["engine", "reward", "store"], default=["engine", "reward", "store"])
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves the choice to it")
     parser.add_argument("--model", default=str(STARTER))
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves")
+    parser.add_argument("--plot", type=chart_file, metavar="FILE", help="draw the curves")
     args = parser.parse_args(argv)
-    if args.plot and find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: install it with `.venv/bin/python -m pip install -c constraints.txt -e '.[bench]'`")
     if sorted(set(args.votes)) != args.votes or len(args.votes) < 3:
         raise SystemExit("--votes takes three or more numbers, each larger than the one before")
     if args.threads:

@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from benchmarks.charts import chart_file
 from benchmarks.votes import People, picks_on
 from engine.engine import BASE, Engine, SamplingParams
 from engine.model import CausalModel
@@ -86,7 +87,7 @@ def curve(
         print("   " + json.dumps({k: round(v, 3) for k, v in points[-1].items()}), flush=True)
 
     free = replace(
-        config.ppo, updates=args.updates, kl_coef=args.kl_coef, kl_horizon=1e9, kl_ceiling=1e6, broken_penalty=0.0, max_seconds=math.inf, patience=10**6,
+        config.ppo, updates=args.updates, tokens=10**9, kl_coef=args.kl_coef, kl_horizon=1e9, kl_ceiling=1e6, broken_penalty=0.0, max_seconds=math.inf, patience=10**6,
         uncertainty=config.ppo.uncertainty if len(proxy.members) > 1 else 0.0,
     )  # fmt: skip
     train_ppo(model, tokenizer, proxy, prompts=practice, policy=POLICY, config=free, judges=None, seed=args.seed, on_update=look)
@@ -115,12 +116,10 @@ def stops(points: Sequence[dict[str, float]], config: LearnerConfig) -> dict[str
 
 def plot(path: Path, curves: dict[str, Sequence[dict[str, float]]], ends: dict[str, dict[str, Any]], title: str) -> None:
     """Gold (solid) and proxy (dashed) against the square root of KL, and where the stop rule ends each."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     for (name, points), colour in zip(curves.items(), ("tab:red", "tab:blue"), strict=False):
         x = [math.sqrt(max(0.0, p["kl"])) for p in points]
         axes.plot(x, [p["gold"] for p in points], "-", color=colour, label=f"gold, {name}")
@@ -144,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=chart_file, metavar="FILE", help="draw the curves")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     config = LearnerConfig()

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from benchmarks import rival
+from benchmarks.charts import chart_file
 from benchmarks.contest import ContestError, peer_python
 from benchmarks.judge import SAMPLES, Judge
 from engine.engine import BASE
@@ -209,7 +209,6 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
                           c=[colour if p[2] <= TARGETS["kl"] else "white" for p in points])  # fmt: skip
         panel.set(title=taste, xlabel="votes", ylabel="share of best of 8")
     figure.axes[0].legend(title=f"hollow: over {TARGETS['kl']:g} nats", fontsize="small", title_fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
@@ -224,11 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the learner, e.g. ppo.updates=10")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw share against votes beside TRL's DPO; needs `make peers`")
+    parser.add_argument("--plot", type=chart_file, metavar="FILE", help="draw share against votes beside TRL's DPO; needs `make peers`")
     parser.add_argument("--peers-python", type=Path, help="interpreter with TRL; default PLAUDIT_PEERS, else what `make peers` built")
     args = parser.parse_args(argv)
-    if args.plot and find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: install it with `.venv/bin/python -m pip install -c constraints.txt -e '.[bench]'`")
     try:
         peer = peer_python(args.peers_python) if args.plot else None
         rows = [row for taste in args.tastes for seed in args.seeds for row in course(taste, seed, peer, args)]

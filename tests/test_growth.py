@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth
 from benchmarks.filling import fill
 from benchmarks.growth import Curve, exponent
 from store import Store
@@ -44,9 +43,3 @@ def test_a_filled_store_holds_what_votes_one_by_one_would_have_left(tmp_path: Pa
         assert bare[0] == bare[1] and len(bare[0]) == 5
         assert filled.counts() == voted.counts()
         assert [c.id for c in filled.conversations()] == [f"conv_{i}" for i in (4, 3, 2, 1, 0)]
-
-
-def test_a_chart_without_matplotlib_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(growth, "find_spec", lambda _: None)
-    with pytest.raises(SystemExit, match=r"matplotlib.*\[bench\]"):
-        growth.main(["--plot", str(tmp_path / "growth.png")])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from benchmarks import votes
 from benchmarks.votes import People, lines, summary, votes_for
 from learner.tastes import taste_named
 from store.records import Comparison, Completion
@@ -59,9 +56,3 @@ def test_the_chart_takes_medians_over_seeds_and_the_better_rate_of_dpo() -> None
 
     found = lines([both(60, 0.9, 0.5, 0.6, 0), both(30, 0.7, 0.4, 0.2, 0), both(60, 0.7, 0.8, 0.6, 1), both(30, 0.8, 0.4, 0.5, 1)])
     assert found == {"Plaudit": [(30, 0.75, 2.0), (60, 0.8, 2.0)], "DPO": [(30, 0.45, 20.5), (60, 0.7, 20.5)]}
-
-
-def test_a_chart_without_matplotlib_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(votes, "find_spec", lambda _: None)
-    with pytest.raises(SystemExit, match=r"matplotlib.*\[bench\]"):
-        votes.main(["--plot", str(tmp_path / "shares.png")])
