@@ -27,7 +27,7 @@ from server.settings import Settings
 from server.verification import Unfit, load_verified
 from store.adapters import AdapterRegistry, Manifest
 from store.errors import CorruptAdapter
-from store.records import AdapterRow, Comparison
+from store.records import AdapterRow, Shown
 from store.rounds import RoundFiles
 from store.store import Store
 
@@ -170,8 +170,8 @@ class Deployment:
         self.live, self.previous, self.candidate = was.live, was.previous, was.candidate
         self.live_since = was.since or time.time()
         self.by_operator = was.actor not in (AUTO, None)
-        for vote in await self._db(self.store.voted_comparisons):
-            self.count(vote.comparison, vote.vote.voter, vote.vote.groups)
+        for shown, voter, groups in await self._db(self.store.mixed_votes):
+            self.count(shown, voter, groups)
         async with self._lock:
             await self._load_deployed()
         await self.take_in()
@@ -302,10 +302,9 @@ class Deployment:
                 raise NotPossible(f"{self.previous} is not fit to serve: {unfit}") from unfit
             await self._deploy(self.previous, None, self.candidate, actor, action)
 
-    def count(self, comparison: Comparison, voter: str, groups: Sequence[Sequence[int]]) -> None:
+    def count(self, shown: Shown, voter: str, groups: Sequence[Sequence[int]]) -> None:
         """Let a standing vote count in the A/B test."""
-        versions = [completion.version for completion in comparison.completions]
-        self.scoreboard.put(comparison.id, voter, comparison.created, versions, groups)
+        self.scoreboard.put(shown.id, voter, shown.created, shown.versions, groups)
 
     def test(self) -> AbTest | None:
         """What people's votes say about the version under test against the one it was mixed with."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import shlex
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,6 +113,7 @@ def _toml(settings_cls: type[BaseSettings]) -> TomlConfigSettingsSource:
     return TomlConfigSettingsSource(settings_cls, toml_file=_toml_path())
 
 
+@lru_cache
 def is_loopback(host: str) -> bool:
     """Whether `host` (a name or an address, IPv6 also in brackets) is this machine's loopback."""
     try:

@@ -16,39 +16,45 @@ from server.auth import Identity
 from server.errors import ApiError
 from server.runtime import Runtime
 from server.schema import VoteRequest
-from store.records import Ballot, Comparison
+from store.errors import NotFound
+from store.records import Ballot, Comparison, Shown
 
 router = APIRouter()
+NOT_YOURS = "there is no such comparison of yours"
 
 
 async def shown_to(runtime: Runtime, comparison_id: str, who: Identity, *, or_operator: bool = False) -> Comparison:
     """The comparison, if it was shown to this voter (or an operator may look). Raises 404."""
     comparison = await runtime.db(runtime.store.comparison, comparison_id)
     if comparison is None or not (comparison.voter == who.voter or (or_operator and who.operator)):
-        raise ApiError(404, "there is no such comparison of yours")
+        raise ApiError(404, NOT_YOURS)
     return comparison
-
-
-def reveal(comparison: Comparison) -> list[dict[str, Any]]:
-    """Which version wrote each reply."""
-    return [{"index": c.index, "version": c.version} for c in comparison.completions]
 
 
 @router.put("/v1/comparisons/{comparison_id}/vote")
 async def put_vote(comparison_id: str, body: VoteRequest, request: Request, who: User) -> JSONResponse:
     """Cast or replace a vote: 201 the first time, 200 after that."""
     runtime = runtime_of(request)
-    comparison = await shown_to(runtime, comparison_id, who)
+
+    def judge(shown: Shown) -> Ballot:
+        if shown.voter != who.voter:
+            raise NotFound(NOT_YOURS)
+        kind, groups = body.judgement(len(shown.versions))
+        return Ballot(comparison_id, who.voter, groups, kind, body.edit, body.comment)
+
     try:
-        kind, groups = body.judgement(len(comparison.completions))
+        cast = await runtime.ballots.cast(comparison_id, judge)
+    except NotFound:
+        raise ApiError(404, NOT_YOURS) from None
     except ValueError as wrong:
         raise ApiError(400, str(wrong)) from wrong
-    vote, first = await runtime.ballots.cast(Ballot(comparison_id, who.voter, groups, kind, body.edit, body.comment))
-    runtime.metrics.votes.labels(kind).inc()
-    runtime.deployment.count(comparison, who.voter, groups)
+    vote, shown = cast.vote, cast.shown
+    runtime.metrics.votes.labels(vote.kind).inc()
+    runtime.deployment.count(shown, who.voter, vote.groups)
     await runtime.deployment.weigh()
-    answer = {"vote_id": vote.id, "comparison_id": comparison_id, "kind": kind, "choices": reveal(comparison)}
-    return JSONResponse(answer, 201 if first else 200)
+    choices = [{"index": index, "version": version} for index, version in enumerate(shown.versions)]  # which version wrote which
+    answer = {"vote_id": vote.id, "comparison_id": comparison_id, "kind": vote.kind, "choices": choices}
+    return JSONResponse(answer, 201 if cast.first else 200)
 
 
 @router.delete("/v1/comparisons/{comparison_id}/vote")

@@ -35,6 +35,16 @@ class NewComparison:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What judging a comparison needs of it: whose it is, and which version wrote each reply."""
+
+    id: str
+    voter: str  # the one it was shown to
+    created: float  # Unix seconds
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Ballot:
     """A vote to be recorded."""
 

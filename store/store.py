@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from store.records import (
     Message,
     MessageNode,
     NewComparison,
+    Shown,
     Vote,
     VoteCounts,
     VotedComparison,
@@ -172,6 +174,21 @@ class Store:
         with self._read() as db:
             return next(iter(self._comparisons(db, "id = ?", [comparison_id])), None)
 
+    def shown(self, comparison_ids: Sequence[str]) -> dict[str, Shown]:
+        """Those of the named comparisons that there are, by id."""
+        with self._read() as db:
+            rows = db.execute(
+                f"select {SHOWN} from comparisons c where c.id in (select value from json_each(?))", [json.dumps(list(comparison_ids))])
+            return {row[0]: shown_from_row(row) for row in rows}
+
+    def mixed_votes(self) -> list[tuple[Shown, str, list[list[int]]]]:
+        """Standing votes on comparisons of several versions, in voting order: what was shown, the voter, the groups."""
+        with self._read() as db:
+            rows = db.execute(
+                f"select {SHOWN}, s.voter, v.groups from standing_votes s join votes v on v.seq = s.seq join comparisons c on c.id = s.comparison_id "
+                "where (select count(distinct version) from completions where comparison_id = c.id) > 1 order by s.seq")
+            return [(shown_from_row(row), row[4], json.loads(row[5])) for row in rows]
+
     def _comparisons(self, db: Database, where: str, args: Sequence[Any]) -> list[Comparison]:
         """Comparisons that match, oldest first, in four queries however many there are."""
         chosen = f"select id from comparisons where {where}"
@@ -282,21 +299,25 @@ class Store:
 
     def _insert_vote(self, db: Database, ballot: Ballot, now: float) -> tuple[Vote, bool]:
         comparison_id, voter, edit = ballot.comparison_id, ballot.voter, ballot.edit
-        if db.execute("select 1 from comparisons where id = ?", [comparison_id]).fetchone() is None:
-            raise NotFound("there is no such comparison")
-        stood = db.execute("select seq from standing_votes where comparison_id = ? and voter = ?", [comparison_id, voter]).fetchone()
-        vote_id = new_id("vote")
-        seq = db.execute(
-            "insert into votes (id, comparison_id, voter, kind, groups, edit, comment, created) values (?, ?, ?, ?, ?, ?, ?, ?) returning seq",
-            [vote_id, comparison_id, voter, ballot.kind, json.dumps([list(group) for group in ballot.groups]), edit, ballot.comment, now],
-        ).fetchone()[0]
-        db.execute(  # not "or replace", which deletes without telling the tallies
-            "insert into standing_votes values (?, ?, ?) on conflict (comparison_id, voter) do update set seq = excluded.seq", [comparison_id, voter, seq])
-        db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
+        vote_id, groups = new_id("vote"), json.dumps([list(group) for group in ballot.groups])
+        try:
+            seq = db.execute(
+                "insert into votes (id, comparison_id, voter, kind, groups, edit, comment, created) values (?, ?, ?, ?, ?, ?, ?, ?)",
+                [vote_id, comparison_id, voter, ballot.kind, groups, edit, ballot.comment, now],
+            ).lastrowid
+        except sqlite3.IntegrityError as error:  # this statement is undone, the transaction goes on
+            if error.sqlite_errorname != "SQLITE_CONSTRAINT_FOREIGNKEY":
+                raise
+            raise NotFound("there is no such comparison") from error
+        assert seq is not None
+        first = db.execute("insert into standing_votes values (?, ?, ?) on conflict do nothing", [comparison_id, voter, seq]).rowcount == 1
+        if not first:  # not "or replace", which deletes without telling the tallies
+            db.execute("update standing_votes set seq = ? where comparison_id = ? and voter = ?", [seq, comparison_id, voter])
+            db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
         if edit:
             db.table("demonstrations").insert({"seq": seq, "comparison_id": comparison_id, "voter": voter, "reply": edit, "created": now})
         frozen = tuple(tuple(group) for group in ballot.groups)
-        return Vote(vote_id, seq, comparison_id, voter, ballot.kind, frozen, edit, ballot.comment, now), stood is None
+        return Vote(vote_id, seq, comparison_id, voter, ballot.kind, frozen, edit, ballot.comment, now), first
 
     def withdraw_vote(self, comparison_id: str, voter: str) -> bool:
         """Append a withdrawal; False when no vote stands."""
@@ -478,6 +499,10 @@ class Store:
         return True
 
 
+SHOWN = (
+    "c.id, c.voter, c.created, (select json_group_array(version) from "
+    "(select version from completions where comparison_id = c.id order by slot))"
+)
 VOTE = "v.id, v.seq, v.comparison_id, v.voter, v.kind, v.groups, v.edit, v.comment, v.created"
 
 
@@ -529,3 +554,8 @@ EXPORTS: dict[str, Callable[[VotedComparison], Iterable[dict[str, Any]]]] = {
     "preference": preference_rows, "preference-implicit": partial(preference_rows, implicit=True),
     "ranking": ranking_rows, "demonstration": demonstration_rows,
 }
+
+
+def shown_from_row(row: Sequence[Any]) -> Shown:
+    """A `Shown` from the columns of `SHOWN`."""
+    return Shown(row[0], row[1], row[2], tuple(json.loads(row[3])))

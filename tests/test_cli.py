@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,24 @@ def test_doctor_finds_a_corrupt_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapters" / "v000001" / "adapter_config.json").write_text("{ }")
     ill = run("doctor", "--data-dir", str(tmp_path))
     assert ill.exit_code == 1 and "adapter_config.json is not what was published" in plain(ill.output)
+
+
+def test_what_is_kept_for_good_is_not_collected_and_the_rest_is() -> None:
+    class Knot:
+        pass
+
+    before = gc.get_freeze_count()
+    try:
+        with plaudit.kept_for_good():
+            assert not gc.isenabled()
+            kept = Knot()
+            kept.self = kept  # type: ignore[attr-defined]
+        assert gc.isenabled() and gc.get_freeze_count() > before
+        loose = Knot()
+        loose.self = loose  # type: ignore[attr-defined]
+        gone, there = weakref.ref(loose), weakref.ref(kept)
+        del loose, kept
+        gc.collect()
+        assert gone() is None and there() is not None
+    finally:
+        gc.unfreeze()

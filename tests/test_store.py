@@ -29,7 +29,7 @@ from store import (
 )
 from store.database import FILE, durability, has_wal_reset_bug, plain_errors
 from store.migrations import migrations
-from store.records import Comparison, Completion, NewComparison
+from store.records import Comparison, Completion, NewComparison, Shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +39,12 @@ def ask(store: Store, *said: str, conversation: str = "conv_1", voter: str = "an
     messages = tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said))
     completions = tuple(Completion(i, text, (5, 6, 1), (-0.5, -1.25, -0.125), "base", "stop", 7 + i) for i, text in enumerate(replies))
     return store.record_comparison(NewComparison(new_id("cmp"), conversation, voter, messages, {"temperature": 1.0}, completions))
+
+
+def show(store: Store, *versions: str) -> Comparison:
+    """Record a comparison whose replies were written by these versions."""
+    completions = tuple(Completion(i, f"reply {i}", (5,), (-0.5,), version, "stop", i) for i, version in enumerate(versions))
+    return store.record_comparison(NewComparison(new_id("cmp"), new_id("conv"), "ann", ({"role": "user", "content": "hi"},), {}, completions))
 
 
 @pytest.fixture
@@ -68,6 +74,31 @@ def test_a_pick_that_goes_on_grows_a_branch_and_another_pick_grows_another(store
     assert tree.messages[1].completion == (first.id, 1) and tree.messages[3].completion == (first.id, 0)
     assert by_id[tree.messages[4].parent_id].content == "one"
     assert len(tree.comparisons) == 4 and tree.comparisons[1].messages[1]["content"] == "two"
+
+
+def test_what_was_shown_names_its_versions_in_the_order_of_their_slots(store: Store) -> None:
+    made = ask(store, "hello")
+    mixed = show(store, "v000002", "base", "v000002")
+    found = store.shown([mixed.id, "cmp_none", made.id])
+    assert found == {
+        made.id: Shown(made.id, "ann", made.created, ("base",) * 3),
+        mixed.id: Shown(mixed.id, "ann", mixed.created, ("v000002", "base", "v000002")),
+    }
+    assert store.shown([]) == {}
+
+
+def test_mixed_votes_are_the_standing_ones_on_several_versions(store: Store) -> None:
+    alone, first, second, gone = ask(store, "hello"), show(store, "base", "v000001"), show(store, "v000001", "base"), show(store, "base", "v000001")
+    store.record_vote(alone.id, "ann", groups=[[0], [1, 2]], kind="favourite")
+    store.record_vote(first.id, "ann", groups=[[1], [0]], kind="favourite")
+    store.record_vote(second.id, "ann", groups=[[0, 1]], kind="tie")
+    store.record_vote(gone.id, "ann", groups=[[0], [1]], kind="favourite")
+    store.record_vote(first.id, "ann", groups=[[0], [1]], kind="favourite")  # on reflection: now it is the latest
+    store.withdraw_vote(gone.id, "ann")
+    assert [(shown.id, shown.versions, voter, groups) for shown, voter, groups in store.mixed_votes()] == [
+        (second.id, ("v000001", "base"), "ann", [[0, 1]]),
+        (first.id, ("base", "v000001"), "ann", [[0], [1]]),
+    ]
 
 
 def test_someone_elses_conversation_cannot_be_continued(store: Store) -> None:
