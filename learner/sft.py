@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from learner.muon import Muon
+
 IGNORE = -100  # target value without loss, as in torch's cross_entropy
 
 
@@ -49,7 +51,7 @@ class SFTConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # gradient norm
     muon: bool = False  # orthogonalised updates for the layers' matrices: fewer tokens to the same loss
-    bf16: bool = False  # autocast the forward pass; weights and optimiser stay float32
+    bf16: bool = False  # autocast the forward pass; weights and optimiser stay float32 (`fast_bf16` says where it pays)
     seed: int = 0
     save_every_s: float = 120.0  # seconds between checkpoints, when a checkpoint path is given
 
@@ -64,6 +66,12 @@ class TrainResult:
     tokens: int  # without padding
     seconds: float
     loss: float  # nats a token, mean of the last 50 steps
+
+
+def fast_bf16() -> bool:
+    """Whether this processor multiplies in bfloat16. One that does not emulates it, which is fifty times slower than float32."""
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
@@ -185,10 +193,7 @@ def make_optimizers(model: Any, config: SFTConfig) -> list[torch.optim.Optimizer
     adamw = torch.optim.AdamW([g for g in adam if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     if not config.muon or not matrices:
         return [adamw]
-    muon = torch.optim.Muon(
-        matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adamw, muon]
+    return [adamw, Muon(matrices, lr=config.lr, weight_decay=config.weight_decay)]
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

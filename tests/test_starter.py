@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,18 +11,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner.gate import load_probes
 from learner.sft import encode_chat
-from learner.starter import corpus, offtopic, prompts
+from learner.starter import corpus, offtopic, prompts, tasks
 from learner.starter.answers import answer, named, same
-from learner.starter.recipe import ASSISTANT, HERE, Recipe, build, train_tokenizer
+from learner.starter.measure import fact_questions, honest, several_styles, shares_right, well_formed
+from learner.starter.prompts import slip
+from learner.starter.recipe import ASSISTANT, HERE, Recipe, build, train_tokenizer, write_prompts
 from learner.starter.styles import STYLES, classify
-from learner.starter.topics import TopicError, parse_topics, topics
+from learner.starter.topics import TopicError, parse_topics, rows, split, topics
 
 SAMPLE = """
 @ moon | the Moon | it | space
 = The Moon is a ball of rock.
 - It has no air. / There is no air on the Moon.
-? What is it made of? | Rock. / It is rock.
+c The Moon is a big ball in the sky.
+e For example, it lights the path at night.
+? What is the Moon made of? / What is in the Moon? ~ Which stuff is the Moon? | The Moon is rock. / It is rock. | rock / Stone
 """
 
 
@@ -38,24 +42,88 @@ def test_a_topic_is_read_as_it_is_written() -> None:
     (moon,) = parse_topics(SAMPLE)
     assert (moon.title, moon.be, moon.how) == ("The Moon", "is", False)
     assert moon.facts == (("It has no air.", "There is no air on the Moon."),)
-    assert moon.questions[0].answers == ("Rock.", "It is rock.")
+    assert moon.child == ("The Moon is a big ball in the sky.",) and moon.example == ("For example, it lights the path at night.",)
+    (question,) = moon.questions
+    assert question.prompts == ("What is the Moon made of?", "What is in the Moon?") and question.held_out == ("Which stuff is the Moon?",)
+    assert question.answers == ("The Moon is rock.", "It is rock.") and question.keys == ("rock", "stone")
+    assert question.right("It is STONE, I think.") and not question.right("Cheese.")
 
 
-@pytest.mark.parametrize("line", ["@ moon | the Moon", "@ a | b | we | c", "- a fact before any topic", "nonsense"])
+@pytest.mark.parametrize("line", ["@ moon | the Moon", "@ a | b | we | c", "- a fact before any topic", "? a question? | and no key", "nonsense"])
 def test_a_bad_line_of_topics_is_named(line: str) -> None:
     with pytest.raises(TopicError, match="line 1"):
         parse_topics(line)
 
 
 def test_every_topic_has_enough_to_say_and_every_sentence_ends() -> None:
-    assert len(topics()) >= 60
+    assert len(topics()) >= 200
     assert len({t.key for t in topics()}) == len({t.name for t in topics()}) == len(topics())
     for t in topics():
-        assert len(t.gists) == 2 and len(t.facts) == 6 and len(t.questions) == 2, t.key
-        texts = [*t.gists, *(v for f in t.facts for v in f), *(a for q in t.questions for a in q.answers)]
+        assert len(t.gists) == 2 and len(t.facts) == 6 and len(t.questions) == 2 and t.child and t.example, t.key
+        texts = [*t.gists, *t.child, *t.example, *(v for f in t.facts for v in f), *(a for q in t.questions for a in q.answers)]
         for text in texts:
-            assert text.endswith(".") and text[0].isupper() and "  " not in text and " / " not in text, text
-        assert all(q.prompt.endswith("?") for q in t.questions)
+            assert text.endswith(".") and (text[0].isupper() or text[0].isdigit()) and "  " not in text and " / " not in text, text
+        for q in t.questions:
+            assert q.prompts and q.held_out and not {p.lower() for p in q.prompts} & {p.lower() for p in q.held_out}, t.key
+            assert all(p.endswith("?") for p in (*q.prompts, *q.held_out)), t.key
+            assert q.keys and all(q.right(a) for a in q.answers), (t.key, q)
+
+
+def test_a_question_of_two_topics_has_one_answer() -> None:
+    asked: dict[str, list] = {}
+    for q in (q for t in topics() for q in t.questions):
+        for p in (*q.prompts, *q.held_out):
+            asked.setdefault(p.lower(), []).append(q)
+    trained, held = ({p.lower() for t in topics() for q in t.questions for p in kind(q)} for kind in (lambda q: q.prompts, lambda q: q.held_out))
+    assert not trained & held
+    for p, owners in asked.items():
+        assert all(q.right(other.answers[0]) for q in owners for other in owners), p
+
+
+@pytest.mark.parametrize(("name", "fields"), [
+    ("countries", 6), ("opposites", 2), ("plurals", 2), ("rhymes", 1), ("spelling", 1), ("categories", 2), ("polite", 2), ("shorten", 2), ("summaries", 2),
+    ("stories", 2), ("poems", 2), ("sentences", 4),
+])
+def test_a_data_file_has_its_fields_and_no_row_twice(name: str, fields: int) -> None:
+    lines = rows(name)
+    assert len(lines) >= 40 and {len(row) for row in lines} == {fields}
+    assert len({row[0] for row in lines}) == len(lines)
+    assert all(part for row in lines for part in row)
+
+
+def test_every_country_has_its_capital() -> None:
+    capitals = {row[0]: split(row[1]) for row in rows("countries")}
+    assert len(capitals) >= 195
+    for name, capital in {"France": "Paris", "Kenya": "Nairobi", "Australia": "Canberra", "Brazil": "Brasilia", "the United States": "Washington"}.items():
+        assert capital in capitals[name][0], capitals[name]
+
+
+@pytest.mark.parametrize("maker", list(tasks.MAKERS), ids=lambda m: m.__name__)
+def test_a_task_is_answered_as_its_own_key_says_and_its_held_out_words_are_others(maker) -> None:
+    rng, trained = Random(1), set()
+    for _ in range(400):
+        made = maker(rng, False)
+        trained.add(made.prompt.lower())
+        assert made.prompt.strip() and made.reply.strip() and "{" not in made.prompt + made.reply, made
+        assert not made.keys or made.right(made.reply), made
+        assert not made.right("Xylophones."), made
+    held = [maker(rng, True) for _ in range(100)]
+    assert not {m.prompt.lower() for m in held} & trained
+    assert all(m.right(m.reply) for m in held if m.keys)
+
+
+def test_sums_are_right() -> None:
+    """Against Python's own arithmetic, read back from the prompt."""
+    rng, seen = Random(4), 0
+    for _ in range(2000):
+        made = tasks.arithmetic(rng, held=True)
+        found = re.search(r"(\d+) (plus|minus|times|divided by|[-+x*/]) (\d+)", made.prompt)
+        assert found, made.prompt
+        a, word, b = int(found[1]), found[2], int(found[3])
+        sign = {"plus": "+", "minus": "-", "times": "*", "x": "*", "divided by": "//", "/": "//"}.get(word, word)
+        assert made.right(f"It is {eval(f'{a}{sign}{b}')}.") and not made.right(f"It is {eval(f'{a}{sign}{b}') + 1}."), made
+        seen += 1
+    assert seen == 2000
 
 
 def test_a_pronoun_gives_way_to_the_name() -> None:
@@ -80,7 +148,7 @@ def test_every_chat_alternates_and_every_reply_ends_as_a_text_does() -> None:
             if m["role"] == "assistant":
                 text = m["content"]
                 assert text == text.strip() and ".." not in text and "!!" not in text and "  " not in text, text
-                assert text[-1] in ".!?😊🌟🎉" or text.splitlines()[-1].startswith("- "), text
+                assert text[-1] in ".!?😊🌟🎉" or re.match(r"- |\d\. ", text.splitlines()[-1]), text
                 sentences = [s for s in text.replace("\n", " ").split(". ") if len(s) > 20]
                 assert len(sentences) == len(set(sentences)), f"says a thing twice: {text}"
 
@@ -102,7 +170,7 @@ def test_the_classifier_knows_the_style_of_generated_answers() -> None:
     right: Counter = Counter()
     asked: Counter = Counter()
     rng = Random(9)
-    for _ in range(8):
+    for _ in range(3):
         for t in topics():
             for style in STYLES:
                 asked[style] += 1
@@ -123,8 +191,8 @@ def test_styles_of_texts_written_by_hand(text: str, style: str) -> None:
 
 
 def test_styles_are_equally_likely_for_a_request_to_explain() -> None:
-    counts = Counter(c.style for c in corpus.chats(6000, 21) if c.kind == "topic")
-    total = sum(counts.values())  # about 2760; 5 standard deviations of a fifth is 0.038
+    counts = Counter(c.style for c in corpus.chats(11_000, 21) if c.kind == "topic")
+    total = sum(counts.values())  # about 2750; 5 standard deviations of a fifth is 0.038
     assert all(abs(counts[s] / total - 0.2) < 0.04 for s in STYLES), counts
 
 
@@ -137,6 +205,7 @@ def test_unknown_prompts_come_in_many_forms_and_get_an_honest_reply() -> None:
     rng = Random(2)
     asked = [offtopic.prompt(rng) for _ in range(400)]
     assert len(set(asked)) > 300 and any("\n" in p for p in asked) and max(map(len, asked)) > 300
+    assert all(honest(offtopic.reply(rng, style), "stop") for style in STYLES for _ in range(200))
     names = {t.name for t in topics()}
     assert not names & set(offtopic.sections()["subjects"])
 
@@ -153,10 +222,50 @@ def test_held_out_phrasings_are_never_in_training() -> None:
     assert overlap == []
 
 
-def test_prompt_lists_and_probes_are_what_the_generator_writes() -> None:
-    assert (HERE / "prompts_train.txt").read_text(encoding="utf-8").splitlines() == corpus.training_prompts(300, 1)
-    probes = [json.loads(line) for line in (HERE / "probe.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert probes == corpus.probes() and len(probes) >= 60
+def test_prompt_lists_and_probes_are_written_in_the_form_that_is_read(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    for name, count in (("train", 300), ("heldout", 100), ("pool", 400)):
+        for folder in (tmp_path, HERE):  # what would be written, and what belongs to the weights that ship
+            lines = (folder / f"prompts_{name}.txt").read_text(encoding="utf-8").splitlines()
+            assert len(set(lines)) == count and all(line.strip() for line in lines)
+    assert len(load_probes(tmp_path / "probe.jsonl")) == len(topics()) and len(load_probes()) >= 60
+
+
+def test_slips_change_one_word_and_nothing_short() -> None:
+    rng = Random(3)
+    assert slip("a b c", rng) == "a b c"
+    for _ in range(50):
+        told = slip("Tell me about penguins now", rng).split(" ")
+        assert sum(a != b for a, b in zip(told, ["Tell", "me", "about", "penguins", "now"], strict=True)) <= 1
+
+
+@pytest.mark.parametrize(("text", "end", "form", "says_so"), [
+    ("I am a small starter model, and I don't know about that.", "stop", True, True),
+    ("I regret that I am unable to answer this.", "stop", True, True),
+    ("Paris is the capital of France.", "stop", True, False),
+    ("I am a small starter model. " * 3, "stop", False, False),
+    ("I don't know that, but the", "length", False, False),
+    ("", "stop", False, False),
+    ("I don't know. " + "Bees are busy with flowers here today and so on, number {}. ".format("x") + " ".join(f"word{i}" for i in range(70)) + ".", "stop", True, False),
+])
+def test_form_and_honesty_are_told_by_their_rules(text: str, end: str, form: bool, says_so: bool) -> None:
+    assert well_formed(text, end) is form and honest(text, end) is says_so
+
+
+def test_facts_are_asked_in_words_that_were_never_trained_on() -> None:
+    asked = fact_questions()
+    assert len(asked) == 2 * len(topics()) + 200
+    trained = {m["content"].lower() for c in corpus.chats(20_000, 5) for m in c.messages if m["role"] == "user"}
+    assert [a.prompt for a in asked if a.prompt.lower() in trained] == []
+    told = {a: a.answers[0] for t in topics() for a in t.questions}
+    replies = [(answer, "stop") for answer in told.values()] + [("I do not know.", "stop")] * 200
+    right = shares_right(asked, replies)
+    assert right["topic"] == 1.0 and right["country capital"] == 0.0 and 0 < right["all"] < 1
+
+
+def test_several_styles_counts_prompts_not_replies() -> None:
+    short, listed = ("Bees fly.", "stop"), ("Facts:\n- Bees fly.\n- Bees dance.", "stop")
+    assert several_styles([short, short, short, listed, short, short], 2) == pytest.approx(1 / 3)
 
 
 def test_the_recipe_builds_a_loadable_model_and_repeats_itself(tmp_path: Path) -> None:

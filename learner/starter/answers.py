@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from random import Random
 
-from learner.starter.topics import Question, Topic
+from learner.starter.topics import Question, Topic, topics
 
-# First words that may be written small in the middle of a sentence. Names are not among them.
-COMMON = {
-    "The", "There", "A", "An", "About", "Most", "Many", "Some", "You", "Each", "Every", "Both", "No",
-    "Only", "More", "Its", "Their", "Even", "They", "It", "Tiny", "Rivers", "Tree", "Trees", "Plants",
-    "People", "Farmers", "Visitors", "Sailors", "Experts", "Loud", "Good", "Learning",
-}
 OPEN_FRIENDLY = (
     "Great question!", "Oh, I love this topic!", "I am so glad that you asked!", "What a fun topic!", "Sure thing!",
     "Happy to tell you!", "Hi there!", "Let's talk about {n}!", "Ooh, {n}!", "{N} {be} such a great topic!",
@@ -66,7 +61,7 @@ def fill(template: str, t: Topic) -> str:
 
 
 def subject_first(fact: str, t: Topic) -> bool:
-    return fact.startswith("They " if t.pronoun == "they" else "It ")
+    return fact.startswith({"they": "They ", "it": "It "}.get(t.pronoun, "\0"))
 
 
 def named(fact: str, t: Topic) -> str:
@@ -74,10 +69,19 @@ def named(fact: str, t: Topic) -> str:
     return t.title + fact[fact.index(" "):] if subject_first(fact, t) else fact
 
 
+@cache
+def common_words() -> frozenset[str]:
+    """Words that begin a sentence with a capital only because they begin it: elsewhere the topics write them small."""
+    lines = [s for t in topics() for s in (*t.gists, *t.child, *t.example, *(v for f in t.facts for v in f))]
+    inside = [w.strip(".,;:()") for line in lines for s in re.split(r"(?<=\.) ", line) for w in s.split()[1:]]
+    names = {w.lower() for w in inside if w[:1].isupper()}
+    return frozenset(w for w in inside if w.islower()) - names | {"it", "they", "there"}
+
+
 def lowered(sentence: str) -> str | None:
     """The sentence as it reads after "Furthermore, ", or None where its first word has to keep its capital."""
-    first = sentence.split(" ", 1)[0]
-    return sentence[0].lower() + sentence[1:] if first in COMMON else None
+    first = sentence.split(" ", 1)[0].rstrip(",")
+    return sentence[0].lower() + sentence[1:] if first.lower() in common_words() else None
 
 
 def excited(sentence: str) -> str:
@@ -145,7 +149,8 @@ def _thing(t: Topic, style: str, rng: Random) -> str:
             return named(fact, t)
         return f"{gist} {fact}"
     if style == "detailed":
-        return f"{gist} {paragraph(t, pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist]), rng)}"
+        body = paragraph(t, pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist]), rng)
+        return f"{gist} {body} {rng.choice(t.example)}" if rng.random() < 0.2 else f"{gist} {body}"
     if style == "list":
         lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist])
         if rng.random() < 0.3:
@@ -209,6 +214,22 @@ def _how(t: Topic, style: str, rng: Random) -> str:
     return " ".join([fill(rng.choice(HOW_FORMAL), t), *out, rng.choice((*CLOSE_FORMAL[1:3], "", ""))]).strip()
 
 
+def child_answer(t: Topic, rng: Random) -> str:
+    """What one would tell a child: the child's version, now and then with an opening or the plainest fact after it."""
+    parts = [rng.choice(t.child)]
+    if rng.random() < 0.3:
+        parts.insert(0, rng.choice(("Sure!", "I would love to explain!", "Of course!")))
+    if not t.how and rng.random() < 0.4:
+        parts += pick_facts(t, 1, rng, parts)
+    return " ".join(parts)
+
+
+def example_answer(t: Topic, rng: Random) -> str:
+    """An example, alone or after one sentence that says what the thing is."""
+    example = rng.choice(t.example)
+    return example if rng.random() < 0.4 else f"{rng.choice(t.gists)} {example}"
+
+
 def fact_answer(t: Topic, q: Question, style: str, rng: Random) -> str:
     """An answer to a question of fact. There is no list form."""
     reply = rng.choice(q.answers)
@@ -225,4 +246,6 @@ def fact_answer(t: Topic, q: Question, style: str, rng: Random) -> str:
     if t.how:
         return " ".join([*more, *pick_steps(t, 2, rng, q.answers)])
     facts = pick_facts(t, rng.choice((2, 2, 3)), rng, q.answers)
+    if not facts:
+        return reply
     return f"{more[0]} {paragraph(t, [named(facts[0], t), *facts[1:]], rng, names=0.1)}"

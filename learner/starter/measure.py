@@ -1,14 +1,13 @@
-"""Measures a starter model: styles, broken replies, faithfulness to its facts, honesty about the rest.
+"""How good a starter model is: facts in held-out words, well-formed replies, styles, honesty about the rest. It trains nothing.
 
-`python -m learner.starter.measure [--model DIR]` prints the figures of the model card, JSON last. It trains nothing.
+Every figure comes with the rule that makes it. `benchmarks/starter.py` runs them and prints; the gate's probes are in `learner/gate.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,15 +15,29 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.starter import offtopic, prompts
-from learner.starter.answers import answer, fact_answer
-from learner.starter.corpus import probes, small_talk
-from learner.starter.recipe import ASSISTANT
-from learner.starter.styles import STYLES, classify
-from learner.starter.topics import Topic, topics
-from learner.text_checks import broken
+from learner.sft import Example, collate, encode_chat, encode_text, token_loss
+from learner.starter import corpus, prompts, tasks
+from learner.starter.styles import classify
+from learner.starter.topics import topics
+from learner.text_checks import faults
 
 MAX_TOKENS = 160
+FACTS = ("topic", "country capital", "country continent", "country language", "country currency", "country population")
+HONEST = re.compile(
+    r"\b(?:i am (?:only |just |sorry, but i am |the |a |an? )*(?:very |tiny |small )*(?:small|tiny|starter|little)|small (?:starter |language )?model|starter model"
+    r"|i (?:do not|don't|cannot|can't|could not) |i (?:regret|apologise)|i am (?:sorry|afraid|not able|unable)|i have not learned"
+    r"|too (?:hard|difficult|big|much) for|beyond (?:me|my)|my knowledge|i wish i could)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt whose right reply is known, and how to tell."""
+
+    kind: str
+    prompt: str
+    right: Callable[[str], bool]
 
 
 class Sampler:
@@ -35,107 +48,92 @@ class Sampler:
         self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         torch.manual_seed(seed)
 
-    def replies(self, asked: list[str], *, greedy: bool = False) -> list[tuple[str, str]]:
-        """(text, finish reason "stop" or "length") for each prompt."""
-        out: list[tuple[str, str]] = []
+    def replies(self, asked: Sequence[str], *, greedy: bool = False, chat: bool = True) -> list[tuple[str, str]]:
+        """(text, finish reason "stop" or "length") for each prompt. chat=False has it go on with the bare text, as a base does."""
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
             "do_sample": True, "temperature": 1.0, "top_k": 0}
-        for start in range(0, len(asked), 32):
-            rows = [self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False) for p in asked[start : start + 32]]
-            x = self.tokenizer(rows, return_tensors="pt", padding=True, add_special_tokens=False)
+        rows = [self.tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
+                if chat else p for p in asked]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: little padding
+        out: list[tuple[str, str]] = [("", "")] * len(rows)
+        for start in range(0, len(order), 48):
+            some = order[start : start + 48]
+            x = self.tokenizer([rows[i] for i in some], return_tensors="pt", padding=True, add_special_tokens=False)
             new = self.model.generate(
                 input_ids=x["input_ids"], attention_mask=x["attention_mask"], max_new_tokens=MAX_TOKENS, **how
             )[:, x["input_ids"].shape[1] :]
-            for row in new.tolist():
+            for i, row in zip(some, new.tolist(), strict=True):
                 ended = self.tokenizer.eos_token_id in row
-                out.append((str(self.tokenizer.decode(row, skip_special_tokens=True)), "stop" if ended else "length"))
+                out[i] = (str(self.tokenizer.decode(row, skip_special_tokens=True)), "stop" if ended else "length")
         return out
 
-
-def split(text: str) -> list[str]:
-    """A reply's sentences and bullets, without list marks."""
-    lines = [re.sub(r"^(?:-|\d+\.)\s+", "", line) for line in text.splitlines()]
-    return [s for line in lines for s in re.split(r"(?<=[.!?:])\s+", line) if s]
-
-
-def taught(t: Topic, rounds: int = 250) -> set[str]:
-    """Sentences that the teacher says about `t` in any style (nearly all of them, by sampling)."""
-    rng = Random(t.key)
-    said = [answer(t, style, rng) for _ in range(rounds) for style in STYLES]
-    said += [fact_answer(t, q, style, rng) for _ in range(20) for q in t.questions for style in ("short", "detailed", "friendly", "formal")]
-    return {s for text in said for s in split(text)}
+    @torch.no_grad()
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy (nats a token) over the tokens that carry loss."""
+        total = count = 0.0
+        for e in examples:
+            ids, targets = collate([e], self.tokenizer.pad_token_id)
+            n = sum(e.loss)
+            total += float(token_loss(self.model, ids, targets)) * n
+            count += n
+        return total / count
 
 
-def explain(sampler: Sampler, each: int) -> dict:
-    """`each` samples of a held-out request for every topic: styles, breakage, and sentences that were taught."""
-    rng = Random(5)
-    asked = [(t, prompts.ask(t, rng, held_out=True)) for t in topics()]
-    replies = sampler.replies([p for _, p in asked for _ in range(each)])
-    styles: Counter = Counter()
-    several = sound = sentences = 0
-    for i, (t, _) in enumerate(asked):
-        mine = [text for text, _ in replies[i * each : (i + 1) * each]]
-        kinds = [classify(text) for text in mine]
-        styles.update(kinds)
-        several += len(set(kinds)) >= 2
-        known = taught(t)
-        for text in mine:
-            parts = split(text)
-            sentences += len(parts)
-            sound += sum(s in known for s in parts)
-    lengths = sorted(len(sampler.tokenizer.encode(text)) for text, _ in replies)
-    return {
-        "replies": len(replies),
-        "broken": sum(broken(text, end) for text, end in replies) / len(replies),
-        "ended": sum(end == "stop" for _, end in replies) / len(replies),
-        "taught_sentences": sound / max(1, sentences),
-        "styles": {s: styles[s] / len(replies) for s in STYLES},
-        "prompts_with_several_styles": several / len(asked),
-        "tokens_p5_p50_p95": [lengths[int(len(lengths) * q)] for q in (0.05, 0.5, 0.95)],
-    }
+def fact_questions(seed: int = 0) -> list[Asked]:
+    """Every taught question of every topic and 200 of countries, each in a wording that is never in training."""
+    rng = Random(f"facts/{seed}")
+    out = [Asked("topic", rng.choice(q.held_out), q.right) for t in topics() for q in t.questions]
+    seen: dict[str, Asked] = {}
+    while len(seen) < 200:
+        made = tasks.country(rng, held=True)
+        seen.setdefault(made.prompt, Asked(made.kind, made.prompt, made.right))
+    return out + list(seen.values())
 
 
-def right(sampler: Sampler) -> float:
-    """Share of probe questions whose greedy reply holds an accepted answer."""
-    accepted = {q.prompt: q.answers for t in topics() for q in t.questions}
-    asked = [p["prompt"] for p in probes()]
-    plain = [text.rstrip("!.").lower() for text, _ in sampler.replies(asked, greedy=True)]
-    return sum(any(a.rstrip(".").lower() in text for a in accepted[p]) for p, text in zip(asked, plain, strict=True)) / len(asked)
+def task_questions(count: int = 300, seed: int = 0) -> list[Asked]:
+    """Distinct small tasks with a checkable reply (sums, units, words, lists), in held-out wordings."""
+    rng = Random(f"tasks/{seed}")
+    seen: dict[str, Asked] = {}
+    while len(seen) < count:
+        made = tasks.task(rng, held=True)
+        if made.keys and not made.kind.startswith("country"):
+            seen.setdefault(made.prompt, Asked(made.kind, made.prompt, made.right))
+    return list(seen.values())
 
 
-def honest(sampler: Sampler, asked: list[str]) -> dict:
-    """Whether replies to what it cannot know say so: their first sentence is one of the honest ones."""
-    rng = Random(6)
-    known = {s for style in STYLES for _ in range(3000) for s in split(offtopic.reply(rng, style))[:1]}
-    replies = sampler.replies(asked)
-    return {
-        "replies": len(replies),
-        "honest": sum((split(text) or [""])[0] in known for text, _ in replies) / len(replies),
-        "broken": sum(broken(text, end) for text, end in replies) / len(replies),
-    }
+def explain_prompts(seed: int = 0) -> list[str]:
+    """A held-out request to explain each topic."""
+    rng = Random(f"explain/{seed}")
+    return [prompts.ask(t, rng, held_out=True) for t in topics()]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure a starter model.")
-    parser.add_argument("--model", type=Path, default=ASSISTANT)
-    parser.add_argument("--each", type=int, default=4, help="samples a topic")
-    args = parser.parse_args(argv)
-    sampler = Sampler(args.model)
-    rng = Random(7)
-    unknown = [offtopic.prompt(rng, held_out=True) for _ in range(96)]
-    chatter = [p for block in small_talk() for p in block.held_out]
-    talk = sampler.replies(chatter)
-    said = {s for block in small_talk() for r in block.replies for s in split(r)}
-    parts = [s for text, _ in talk for s in split(text)]
-    figures = {
-        "explain": explain(sampler, args.each),
-        "probes_right": right(sampler),
-        "off_topic": honest(sampler, unknown),
-        "small_talk": {"replies": len(talk), "taught_sentences": sum(s in said for s in parts) / max(1, len(parts))},
-    }
-    print(json.dumps(figures, indent=1))
+def shares_right(asked: Sequence[Asked], replies: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The share answered rightly, by kind and over "all"."""
+    marks: dict[str, list[bool]] = {"all": []}
+    for a, (text, _) in zip(asked, replies, strict=True):
+        right = a.right(text)
+        marks["all"].append(right)
+        marks.setdefault(a.kind, []).append(right)
+    return {kind: sum(each) / len(each) for kind, each in marks.items()}
 
 
-if __name__ == "__main__":
-    main()
+def well_formed(text: str, finish_reason: str) -> bool:
+    """It ended by itself, is not empty, holds no damaged character and no repetition: no sentence twice, no loop of words."""
+    return finish_reason == "stop" and not {"no words", "repeated sentence", "loop", "damaged character"} & {f.name for f in faults(text, finish_reason)}
+
+
+def honest(text: str, finish_reason: str) -> bool:
+    """It says that it is a small model or does not know, in at most 60 words, and is well formed."""
+    return bool(HONEST.search(text)) and len(text.split()) <= 60 and well_formed(text, finish_reason)
+
+
+def several_styles(replies: Sequence[tuple[str, str]], each: int) -> float:
+    """Share of prompts whose `each` samples, in a row, show two styles or more."""
+    groups = [replies[i : i + each] for i in range(0, len(replies), each)]
+    return sum(len({classify(text) for text, _ in group}) >= 2 for group in groups) / len(groups)
+
+
+def validation(tokenizer: Any, seed: int = 999) -> tuple[list[Example], list[Example]]:
+    """(chats, texts) of a seed that training never drew: 300 of each."""
+    return ([encode_chat(tokenizer, c.messages) for c in corpus.chats(300, seed)],
+            [encode_text(tokenizer, a) for a in corpus.articles(300, seed)])

@@ -6,13 +6,11 @@ The prompts only have to be varied, so that an unknown one lands on "I don't kno
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from random import Random
 
 from learner.starter.styles import STYLES
-from learner.starter.topics import Topic, topics
+from learner.starter.topics import DATA, Topic, topics
 
-HERE = Path(__file__).parent
 SOUNDS = ("ba", "cor", "den", "el", "fi", "gra", "hum", "is", "jo", "kan", "lum", "mor", "ni", "os", "per", "qua", "ri",
           "sta", "tum", "ul", "ver", "wex", "yo", "zen", "tion", "ing", "ly", "ment", "ous", "er", "th", "ck", "sh", "pl")
 
@@ -22,7 +20,7 @@ def sections() -> dict[str, tuple[str, ...]]:
     """The lists of `offtopic.txt` by name; prompts held out of training are under "<name> held out"."""
     out: dict[str, list[str]] = {}
     name = ""
-    for line in (HERE / "offtopic.txt").read_text(encoding="utf-8").splitlines():
+    for line in (DATA / "offtopic.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             name = line.strip("[]")
         elif line and not line.startswith("#"):
@@ -89,10 +87,15 @@ def near_reply(t: Topic, rng: Random) -> str:
     return rng.choice(sections()["near replies"]).format(t=t.name)
 
 
+@cache
+def things() -> tuple[str, ...]:
+    """What an honest reply may offer instead."""
+    return tuple(t.name for t in topics() if not t.how)
+
+
 def reply(rng: Random, style: str | None = None) -> str:
     """An honest answer to what it does not know; it often names topics that it does know."""
-    things = [t.name for t in topics() if not t.how]
-    a, b, c = rng.sample(things, 3)
+    a, b, c = rng.sample(things(), 3)
     how = rng.choice([t.name for t in topics() if t.how])
     template = rng.choice(sections()["replies " + (style or rng.choice(STYLES))])
     return template.format(a=a, b=b, c=c, h=how)

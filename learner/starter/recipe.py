@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from learner.sft import Example, SFTConfig, TrainResult, encode_chat, encode_text, train
+from learner.sft import Example, SFTConfig, TrainResult, encode_chat, encode_text, fast_bf16, train
 from learner.starter import corpus
 
 HERE = Path(__file__).parent
@@ -43,24 +43,24 @@ SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths of the whole build. The defaults made the bundled weights."""
+    """Sizes and lengths of the whole build."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 3072
     hidden: int = 256
-    layers: int = 4
+    layers: int = 5
     heads: int = 4
     intermediate: int = 640
-    articles: int = 8_000
-    chats: int = 70_000
+    articles: int = 40_000
+    chats: int = 240_000
     seed: int = 0
-    seconds: float = 1560.0  # of training, both stages
+    seconds: float = 5400.0  # of training, both stages
     steps: int | None = None  # instead of seconds: a repeatable build
-    pretrain_share: float = 0.2  # of the seconds or steps
-    tokens_per_batch: int = 1024
-    lr: float = 3e-3
-    sft_lr: float = 2.5e-3
+    pretrain_share: float = 0.15  # of the seconds or steps
+    tokens_per_batch: int = 4096
+    lr: float = 4e-3
+    sft_lr: float = 4e-3
     muon: bool = True
-    bf16: bool = True
+    bf16: bool = field(default_factory=fast_bf16)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -85,7 +85,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def tokenizer_for(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The tokenizer that the recipe's corpus gives; always learned from the first 20,000 texts of seed 0."""
+    """The tokenizer that the recipe's corpus gives; always learned from the first 20,000 chats of seed 0."""
     def texts() -> Iterator[str]:
         for c in corpus.chats(20_000, seed=0):
             yield from (m["content"] for m in c.messages)
@@ -150,18 +150,12 @@ def stage(
 def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, start: Path | None = None) -> dict:
     """Train the starter model into `out`; checkpoints go to `work` and a second call resumes. Returns the figures.
 
-    `start` is a directory of earlier weights (this recipe's own) to finetune further, instead of pretraining afresh.
+    What pretraining gave is kept beside it, in OUT.base. `start` is a directory of earlier weights (this recipe's own) to finetune further, instead of pretraining afresh.
     """
     work = work or out.with_name(out.name + ".work")
     tokenizer = AutoTokenizer.from_pretrained(start) if start else tokenizer_for(recipe)
     pad_id = tokenizer.pad_token_id
-    talks = list(corpus.chats(recipe.chats, recipe.seed))
-    chats = [encode_chat(tokenizer, c.messages) for c in talks]
-    texts = [encode_text(tokenizer, a) for a in corpus.articles(recipe.articles, recipe.seed)]
-    # Pretraining reads everything as plain text: the articles, and chats with their prompts. Off-topic prompts are
-    # left out: they are noise on purpose, and nobody needs to predict them.
-    known = [e for e, c in zip(chats, talks, strict=True) if c.kind in ("topic", "question", "small talk")]
-    texts += [Example(e.ids, (False,) + (True,) * (len(e.ids) - 1)) for e in known[: recipe.articles]]
+    chats = [encode_chat(tokenizer, c.messages) for c in corpus.chats(recipe.chats, recipe.seed)]
     if start:
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     else:
@@ -177,8 +171,10 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
 
     figures: dict[str, object] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     share = 0.0 if start else recipe.pretrain_share
-    if share:
+    if share:  # plain text alone: the base has read about everything and never seen a conversation
+        texts = [encode_text(tokenizer, a) for a in corpus.articles(recipe.articles, recipe.seed)]
         figures["pretraining"] = stage("pretraining", model, texts, config(share, recipe.lr), work, pad_id).__dict__
+        save(model, tokenizer, out.with_name(out.name + ".base"))
     figures["finetuning"] = stage("finetuning", model, chats, config(1 - share, recipe.sft_lr), work, pad_id).__dict__
     save(model, tokenizer, out)
     return figures
