@@ -176,7 +176,7 @@ def serve(**flags: Any) -> None:
             from server.app import create_app
             from server.serve import make_server
 
-            server = make_server(ui.mount(create_app(settings), local), settings)
+            server = make_server(ui.mount(create_app(settings), local, building=kept_for_good), settings)
         out.print(f"Plaudit: {local}   operator page: {local}/operator   Ctrl-C stops.", highlight=False)
         server.run(sockets=[sock])
         if not server.started:

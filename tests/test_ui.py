@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
 import httpx
@@ -457,6 +459,34 @@ def test_accuracy_against_votes_is_drawn_for_the_last_round_that_has_it() -> Non
 
 
 # --- mounted
+
+
+def test_the_api_answers_while_the_pages_are_being_made_and_a_page_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ui
+    import ui.pages
+
+    go, make = threading.Event(), ui.pages.build_pages
+    monkeypatch.setattr(ui.pages, "build_pages", lambda url: (go.wait(30), make(url))[1])
+    with TestClient(ui.mount(Fake().app(), "http://127.0.0.1:1")) as client, ThreadPoolExecutor() as beside:
+        page = beside.submit(client.get, "/")
+        assert client.get("/v1/status").json()["live"] == "v000001"
+        assert not page.done()
+        go.set()
+        assert "text/html" in page.result(30).headers["content-type"]
+
+
+def test_pages_that_cannot_be_made_say_so_and_the_api_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ui
+    import ui.pages
+
+    def broken(url: str) -> None:
+        raise RuntimeError("no pages today")
+
+    monkeypatch.setattr(ui.pages, "build_pages", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with TestClient(ui.mount(Fake().app(), "http://127.0.0.1:1"), raise_server_exceptions=False) as client:
+        assert client.get("/").status_code == 500
+        assert client.get("/v1/status").json()["live"] == "v000001"
 
 
 @pytest.fixture(scope="module")

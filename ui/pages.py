@@ -1,4 +1,4 @@
-"""Mounting the two Gradio applications on the server's, closed where Gradio is more open than we need.
+"""The two Gradio applications as one, closed where Gradio is more open than we need.
 
 Gradio would take file uploads, proxy to other hosts and offer its own API to anyone; none of the pages uses these, so they
 are answered 404 before Gradio sees them.
@@ -6,7 +6,6 @@ are answered 404 before Gradio sees them.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sys
 from collections.abc import AsyncIterator
@@ -68,36 +67,25 @@ async def _with_slash(request: Request) -> RedirectResponse:
     return RedirectResponse(f"{request.scope.get('root_path', '')}/operator/", 307)
 
 
-def _live_as_long_as(app: FastAPI, client: ApiClient, pages: list[Any]) -> None:
-    """Close what the pages hold when `app` ends. As soon as a server that drains says so (`app.state.runtime.draining`),
-    hang up on open pages: each holds a connection for good, which would keep the server waiting for its whole grace period.
-    """
-    before = app.router.lifespan_context
+def build_pages(api_url: str) -> FastAPI:
+    """The two pages as one application. Its lifespan starts and ends what they hold; `state.hang_up()` ends every open page's stream."""
+    client = ApiClient(api_url)
+    pages: list[Any] = []
 
-    async def hang_up() -> None:
-        while not getattr(getattr(app.state, "runtime", None), "draining", False):
-            await asyncio.sleep(0.25)
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await client.close()
+
+    def hang_up() -> None:
         for page in pages:
             page.stop_event.set()
 
-    @asynccontextmanager
-    async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
-        async with before(application) as state:
-            watching = asyncio.create_task(hang_up())
-            try:
-                yield state
-            finally:
-                watching.cancel()
-                await client.close()
-
-    app.router.lifespan_context = lifespan
-
-
-def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
-    """`ui.mount`."""
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.hang_up = hang_up
     app.add_route("/operator", _with_slash, methods=["GET", "HEAD"], include_in_schema=False)
-    client = ApiClient(api_url)
-    pages: list[Any] = []
     for path, page in (("/operator", build_operator(api_url, client)), ("/", build_chat(api_url, client))):
         gr.mount_gradio_app(
             app, page, path=path, theme=theme(), head=head(), footer_links=[],
@@ -111,5 +99,4 @@ def mount_pages(app: FastAPI, api_url: str) -> FastAPI:
         page._queue.sleep_when_free = 0.02  # Gradio looks for new events a thousand times a second otherwise: 4% of a core, for nothing
         pages.append(route.app)  # type: ignore[attr-defined]
         route.app = Closed(route.app)  # type: ignore[attr-defined]
-    _live_as_long_as(app, client, pages)
     return app

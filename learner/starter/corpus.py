@@ -13,7 +13,7 @@ from learner.starter.styles import STYLES
 from learner.starter.topics import DATA, Topic, topics
 
 KINDS = {  # and how many in a hundred conversations
-    "topic": 25, "question": 24, "child": 3, "example": 2, "task": 19, "small talk": 8, "off topic": 12, "near topic": 1, "follow-up": 6,
+    "topic": 21, "question": 22, "child": 3, "example": 2, "task": 30, "small talk": 7, "off topic": 8, "near topic": 1, "follow-up": 6,
 }
 
 

@@ -56,9 +56,9 @@ class Recipe:
     seconds: float = 5400.0  # of training, both stages
     steps: int | None = None  # instead of seconds: a repeatable build
     pretrain_share: float = 0.15  # of the seconds or steps
-    tokens_per_batch: int = 4096
-    lr: float = 4e-3
-    sft_lr: float = 4e-3
+    tokens_per_batch: int = 2048
+    lr: float = 3e-3
+    sft_lr: float = 3e-3
     muon: bool = True
     bf16: bool = field(default_factory=fast_bf16)
 

@@ -321,7 +321,7 @@ def poem(rng: Random, held: bool = False) -> Task:
 
 
 MAKERS: dict[Callable[[Random, bool], Task], float] = {  # and how often each is drawn
-    country: 30, arithmetic: 16, unit: 7, opposite: 6, plural: 5, rhyme: 5, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 7,
+    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 5, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 7,
     compare: 5, story: 2.5, tale: 1, poem: 4,
 }
 
