@@ -8,13 +8,13 @@ Owns the mapping from any exception to a status. Does not decide when something 
 from __future__ import annotations
 
 import errno
-import sqlite3
 from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlite_utils.utils import sqlite3
 from starlette.exceptions import HTTPException
 
 from store.errors import DiskFull, NotFound, StoreError

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from sqlite_utils import Database
+from sqlite_utils.utils import sqlite3
 
 from store.errors import DatabaseTooNew, DataDirInUse, DataDirUnwritable, DiskFull, NoDatabase, StoreError
 from store.migrations import migrations

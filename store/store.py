@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import secrets
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ from typing import Any, Self
 
 from filelock import FileLock
 from sqlite_utils import Database
+from sqlite_utils.utils import sqlite3
 
-from store.database import connect_reader, connect_writer, lock_data_dir, plain_errors
+from store.database import BUSY_TIMEOUT_S, connect_reader, connect_writer, lock_data_dir, plain_errors
 from store.errors import NotFound
 from store.preferences import Preference
 from store.records import (
@@ -45,6 +45,7 @@ from store.records import (
 
 KINDS = ("favourite", "ranking", "tie", "none")
 EXPORT_ROWS = 200  # votes read at a time by `export`
+SWEEP_WAIT_MS = 200  # for a reader, while others wait for the database
 READ_ROWS = 200  # votes read in one transaction: without a write-ahead log the writer's commit waits for a reader
 
 
@@ -59,6 +60,7 @@ class Store:
     def __init__(self, db: Database, data_dir: Path, lock: FileLock | None) -> None:
         self.db, self.data_dir, self._file_lock = db, data_dir, lock
         self._mutex = threading.RLock()
+        self._unswept = lock is not None  # the log may hold erased words: here those of a process that was killed
 
     @classmethod
     def open(cls, data_dir: str | Path, *, read_only: bool = False) -> Self:
@@ -98,6 +100,17 @@ class Store:
                 if self.db.conn.in_transaction:
                     self.db.execute("rollback")
                 raise
+            if self._unswept:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Empty the write-ahead log, which still holds what was erased. A reader in the middle of its work keeps that from
+        happening; then it is tried again after the next write.
+        """
+        self.db.execute(f"pragma busy_timeout = {SWEEP_WAIT_MS}")
+        busy, _, _ = self.db.execute("pragma wal_checkpoint(truncate)").fetchone()  # does nothing without such a log
+        self.db.execute(f"pragma busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
+        self._unswept = bool(busy)
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Database]:
@@ -264,8 +277,7 @@ class Store:
             records = [self.round(n) or {} for n in rounds]
             versions = sorted({str(r["version"]) for r in records if r.get("version")})
             self._audit(db, "store", "erase", {"conversation": conversation_id, "votes": votes, "versions": versions})
-        with self._mutex:
-            self.db.execute("pragma wal_checkpoint(truncate)").fetchall()  # no-op without a write-ahead log
+            self._unswept = True
         return {"id": conversation_id, "votes": votes, "rounds": rounds, "versions": versions}
 
     # --- votes
@@ -306,7 +318,7 @@ class Store:
                 [vote_id, comparison_id, voter, ballot.kind, groups, edit, ballot.comment, now],
             ).lastrowid
         except sqlite3.IntegrityError as error:  # this statement is undone, the transaction goes on
-            if error.sqlite_errorname != "SQLITE_CONSTRAINT_FOREIGNKEY":
+            if "FOREIGN KEY" not in str(error):
                 raise
             raise NotFound("there is no such comparison") from error
         assert seq is not None

@@ -475,6 +475,20 @@ def test_the_api_answers_while_the_pages_are_being_made_and_a_page_waits_for_the
         assert "text/html" in page.result(30).headers["content-type"]
 
 
+def test_gradio_is_imported_without_writing_stubs_and_everything_else_keeps_its_file() -> None:
+    import inspect
+
+    import gradio
+
+    import ui
+
+    with ui.without_type_stubs():
+        with pytest.raises(OSError, match="Gradio"):
+            inspect.getfile(gradio.Button)
+        assert inspect.getfile(Chat).endswith("exchange.py")
+    assert inspect.getfile(gradio.Button).endswith("button.py")
+
+
 def test_pages_that_cannot_be_made_say_so_and_the_api_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import ui
     import ui.pages

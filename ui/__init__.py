@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI
@@ -37,12 +38,13 @@ class Pages:
 
     def _build(self, built: Future[FastAPI]) -> None:
         async def inside_a_loop() -> FastAPI:  # without a running loop Gradio makes one for each page and never closes it
-            from ui.pages import build_pages
-
             return build_pages(self.api_url)
 
         try:
             with self.building():
+                with without_type_stubs():
+                    from ui.pages import build_pages
+
                 built.set_result(asyncio.run(inside_a_loop()))
         except BaseException as error:
             built.set_exception(error)  # whoever waits is told
@@ -65,6 +67,26 @@ class Pages:
         if self.live is not None:
             await self.live.wait()
         await app(scope, receive, send)
+
+
+@contextmanager
+def without_type_stubs() -> Iterator[None]:
+    """Keep Gradio from writing stubs for editors beside its own files, as each import of it does: half of the seconds it takes.
+
+    It passes over a class whose file cannot be told, so none of its own can while this lasts.
+    """
+    file_of = inspect.getfile
+
+    def getfile(thing: Any) -> str:
+        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
+            raise OSError("not told while Gradio is imported")
+        return file_of(thing)
+
+    inspect.getfile = getfile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inspect.getfile = file_of
 
 
 def mount(app: FastAPI, api_url: str, building: Callable[[], AbstractContextManager] = nullcontext) -> FastAPI:
