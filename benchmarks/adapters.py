@@ -55,11 +55,12 @@ def adapters(model: CausalModel, folder: Path) -> list[Path]:
 
 
 def decoding(engine: Engine, versions: Sequence[str], steps: int) -> None:
-    """Replies of these versions, run until all have a token and their weights have settled."""
-    params = SamplingParams(max_tokens=steps + PATIENCE + 8, ignore_eos=True)
+    """Replies of these versions, run until all have a token and the weights of a lone one are added up, which goes a layer a step."""
+    settling = PATIENCE + len(engine.model.lora.linears) + 4
+    params = SamplingParams(max_tokens=steps + settling + 4, ignore_eos=True)
     for i, version in enumerate(versions):
         engine.add([5 + i] * 64, [params], [version])
-    for _ in range(PATIENCE + 4):
+    for _ in range(settling):
         engine.step()
 
 

@@ -53,7 +53,7 @@ class Recipe:
     articles: int = 40_000
     chats: int = 240_000
     seed: int = 0
-    seconds: float = 5400.0  # of training, both stages
+    seconds: float = field(default_factory=lambda: 600.0 if torch.cuda.is_available() else 5400.0)  # of training, both stages
     steps: int | None = None  # instead of seconds: a repeatable build
     pretrain_share: float = 0.15  # of the seconds or steps
     tokens_per_batch: int = 2048
@@ -61,6 +61,7 @@ class Recipe:
     sft_lr: float = 3e-3
     muon: bool = True
     bf16: bool = field(default_factory=fast_bf16)
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -160,6 +161,7 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     else:
         model = new_model(recipe, len(tokenizer))
+    model.to(recipe.device)  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, {len(tokenizer)} tokens in the vocabulary, {len(chats)} chats", flush=True)
 
@@ -194,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the starter model from scratch.")
     parser.add_argument("--out", type=Path, default=Path("starter-model"))
     parser.add_argument("--work", type=Path, help="checkpoints (default: OUT.work)")
-    parser.add_argument("--seconds", type=float, default=Recipe.seconds)
+    parser.add_argument("--seconds", type=float, help="of training (default: 5400, or 600 on a GPU)")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of seconds")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--layers", type=int, default=Recipe.layers)
@@ -206,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
         write_prompts()
         return
     torch.set_num_threads(args.threads)
-    recipe = Recipe(seconds=args.seconds, steps=args.steps, seed=args.seed, layers=args.layers)
+    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers)
+    if args.seconds is not None:
+        recipe = replace(recipe, seconds=args.seconds)
     print(json.dumps(build(args.out, recipe, work=args.work, start=args.continue_from)))
 
 
