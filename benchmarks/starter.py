@@ -45,7 +45,7 @@ def real_prompts(count: int) -> list[str]:
     if not PROMPTS.exists():
         return []
     with gzip.open(PROMPTS, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["prompt"] for _, line in zip(range(count), lines, strict=False)]
+        return [json.loads(line)["prompt"][-1]["content"] for _, line in zip(range(count), lines, strict=False)]
 
 
 def page_prompts() -> list[str]:

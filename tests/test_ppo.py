@@ -105,8 +105,10 @@ def test_a_planted_reward_is_really_raised(model: CausalModel, tokenizer: ChatTo
 
     config = replace(SMALL, updates=12, epochs=2, minibatches=2, estimator=estimator, prompts_per_update=6, lr=1e-2, value_lr=1e-2)
     result = train_ppo(model, tokenizer, reward_for(model, share), prompts=prompts, policy="p", config=config, seed=1)
-    before, after = share(said), share([t for c in replies("p") for t in c])
-    assert after > before + 0.15, (before, after, [h["score"] for h in result.history])  # its deviation is under 0.03
+    now = [t for c in replies("p") for t in c]
+    before, after = share(said), share(now)
+    spread = (after * (1 - after) / len(now)) ** 0.5  # how far it rises depends on the machine's rounding; that it rises does not
+    assert after > before + 6 * spread, (before, after, [h["score"] for h in result.history])
     assert result.kl > 0.5 and result.kept_update == 12
 
 

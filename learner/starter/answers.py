@@ -22,7 +22,6 @@ CLOSE_FRIENDLY = (
     "Ask me anything you like!", "Isn't that wonderful?", "Nature and life are full of surprises!", "Have fun learning!",
     "I could talk about this all day!",
 )
-SMILES = ("😊", "🌟", "🎉")
 OPEN_FORMAL = (
     "{N} may be described as follows.", "I would be pleased to provide some information on {n}.",
     "With regard to {n}, the following points should be noted.", "The subject of {n} deserves careful attention.",
@@ -91,11 +90,13 @@ def excited(sentence: str) -> str:
 def pick_facts(t: Topic, count: int, rng: Random, avoid: Sequence[str] = ()) -> list[str]:
     """`count` facts in random wording, without those that say the same as a sentence in `avoid`.
 
-    In file order: a model that has to draw facts in any order must remember which it has said, and a small one repeats itself.
+    A run of neighbours in file order: what comes next follows from what was said last. A model that has to draw facts in any
+    order, or with gaps, must remember which it has said, and a small one repeats itself.
     """
-    pool = [i for i, f in enumerate(t.facts) if not any(same(v, a) for v in f for a in avoid)]
-    chosen = sorted(rng.sample(pool, min(count, len(pool))))
-    return [rng.choice(t.facts[i]) for i in chosen]
+    pool = [f for f in t.facts if not any(same(v, a) for v in f for a in avoid)]
+    count = min(count, len(pool))
+    start = rng.randint(0, len(pool) - count)
+    return [rng.choice(wordings) for wordings in pool[start : start + count]]
 
 
 def pick_steps(
@@ -168,8 +169,6 @@ def _thing(t: Topic, style: str, rng: Random) -> str:
                 parts.append(excited(fact) if shape > 0.75 else fact)
         if rng.random() < 0.75:
             parts.append(rng.choice(CLOSE_FRIENDLY))
-        if rng.random() < 0.12:
-            parts.append(rng.choice(SMILES))
         return " ".join(parts)
     parts = [fill(rng.choice(OPEN_FORMAL), t), gist]
     joins = rng.sample(JOIN_FORMAL, len(JOIN_FORMAL))
@@ -205,8 +204,6 @@ def _how(t: Topic, style: str, rng: Random) -> str:
         parts = [rng.choice(HOW_FRIENDLY), gist, *steps]
         if rng.random() < 0.8:
             parts.append(rng.choice(HOW_CLOSE_FRIENDLY))
-        if rng.random() < 0.12:
-            parts.append(rng.choice(SMILES))
         return " ".join(parts)
     steps = pick_steps(t, rng.choice((2, 3, 3, 4)), rng, plain=True)
     joins = [HOW_JOIN_FORMAL[0], *rng.sample(HOW_JOIN_FORMAL[1:], 4)]

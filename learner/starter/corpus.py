@@ -13,7 +13,7 @@ from learner.starter.styles import STYLES
 from learner.starter.topics import DATA, Topic, topics
 
 KINDS = {  # and how many in a hundred conversations
-    "topic": 21, "question": 22, "child": 3, "example": 2, "task": 30, "small talk": 7, "off topic": 8, "near topic": 1, "follow-up": 6,
+    "topic": 22, "question": 21, "child": 3, "example": 2, "task": 24, "small talk": 6, "off topic": 13, "near topic": 3, "follow-up": 6,
 }
 
 
@@ -84,6 +84,15 @@ def _off_topic(rng: Random, style: str) -> list[dict]:
     return turn(prompts.roughen(offtopic.prompt(rng), rng), offtopic.reply(rng, style))
 
 
+def _near_topic(rng: Random) -> list[dict]:
+    if rng.random() < 0.4:
+        asked, reply = offtopic.about_country(rng.choice(tasks.rows("countries"))[0], rng)
+    else:
+        t = rng.choice([t for t in topics() if not t.how])
+        asked, reply = offtopic.near_prompt(t, rng), offtopic.near_reply(t, rng)
+    return turn(prompts.roughen(asked, rng), reply)
+
+
 def chat(rng: Random) -> Chat:
     """One conversation: a kind is drawn first, then a topic and a style."""
     t = rng.choice(topics())
@@ -107,9 +116,7 @@ def chat(rng: Random) -> Chat:
         style = rng.choice(STYLES)
         messages = _off_topic(rng, style)
     elif kind == "near topic":
-        while t.how:
-            t = rng.choice(topics())
-        messages = turn(prompts.roughen(offtopic.near_prompt(t, rng), rng), offtopic.near_reply(t, rng))
+        messages = _near_topic(rng)
     else:
         messages, style = _follow_up(t, rng)
     if messages[0]["role"] != "system" and rng.random() < 0.06:

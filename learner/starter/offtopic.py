@@ -59,15 +59,21 @@ def passage(rng: Random, most: int = 8) -> str:
     return rng.choice((" ", " ", "\n", "\n\n")).join(lines)
 
 
+def deed(rng: Random) -> str:
+    """Something that one can do, sensible or not: a verb and an object."""
+    return f"{rng.choice(sections()['verbs'])} {rng.choice((rng.choice(sections()['objects']), rng.choice(sections()['objects']), subject(rng)))}"
+
+
 def prompt(rng: Random, *, held_out: bool = False) -> str:
-    """An off-topic prompt: a task, a template about a subject, or a long passage with a request."""
+    """An off-topic prompt: a task, a template about a subject or a deed, or a long passage with a request."""
     part = sections()
     shape = rng.random()
     tail = " held out" if held_out else ""
-    if shape < 0.30:
+    if shape < (0.30 if held_out else 0.18):
         return rng.choice(part["tasks" + tail])
-    template = rng.choice(part["templates" + tail])
-    about = template.format(x=subject(rng), y=subject(rng))
+    chatty = not held_out and rng.random() < 0.5
+    template = rng.choice(part["chatty" if chatty else "templates" + tail])
+    about = template.format(x=subject(rng), y=subject(rng), v=deed(rng), w=deed(rng))
     if shape < 0.68 or held_out:
         return about
     if shape < 0.90:
@@ -85,6 +91,11 @@ def near_prompt(t: Topic, rng: Random) -> str:
 
 def near_reply(t: Topic, rng: Random) -> str:
     return rng.choice(sections()["near replies"]).format(t=t.name)
+
+
+def about_country(country: str, rng: Random) -> tuple[str, str]:
+    """A question about a known country that goes beyond what was taught of it, and an honest reply."""
+    return rng.choice(sections()["nearcountry"]).format(c=country), rng.choice(sections()["nearcountry replies"]).format(c=country)
 
 
 @cache

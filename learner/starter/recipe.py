@@ -203,12 +203,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", action="store_true", help="only write the prompt lists and probes")
     parser.add_argument("--continue-from", type=Path, help="finetune these weights further instead of starting afresh")
+    parser.add_argument("--lr", type=float, default=Recipe.sft_lr, help="peak learning rate of the finetuning")
     args = parser.parse_args(argv)
     if args.prompts:
         write_prompts()
         return
     torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers)
+    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers, sft_lr=args.lr)
     if args.seconds is not None:
         recipe = replace(recipe, seconds=args.seconds)
     print(json.dumps(build(args.out, recipe, work=args.work, start=args.continue_from)))
