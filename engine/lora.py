@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,11 @@ class Adapter:
         """Whether its numbers may change."""
         return any(a.requires_grad for a, _ in self.pairs.values())
 
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters by PEFT's own names (`base_model.model....lora_A.weight`)."""
+        sides = ((path, zip("AB", pair, strict=True)) for path, pair in self.pairs.items())
+        return {f"{PREFIX}{path}.lora_{side}.weight": p for path, pair in sides for side, p in pair}
+
     def fused(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
         """(A (R, in), B (out, R)) over all parts of `linear`, scaling in B; None when it touches none of them."""
         pairs = [self.pairs.get(part.path) for part in linear.parts]
@@ -80,6 +85,13 @@ class Adapter:
                 )
             )
         return a.to(weight), (b * self.scaling).to(weight)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor with a NaN or infinite number, or None. A finite sum has finite terms: one quick look at each."""
+    if torch.stack([t.detach().sum() for t in tensors.values()]).sum().isfinite():
+        return None
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
 class LoraLinear(nn.Module):
@@ -223,11 +235,7 @@ class LoraBank:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by PEFT's own names (`base_model.model....lora_A.weight`)."""
-        named = {}
-        for path, (a, b) in self._get(name).pairs.items():
-            named[f"{PREFIX}{path}.lora_A.weight"] = a
-            named[f"{PREFIX}{path}.lora_B.weight"] = b
-        return named
+        return self._get(name).named()
 
     def create(
         self, name: str, *, r: int = 16, alpha: float = 32, targets: Sequence[str] | None = None, seed: int = 0,
@@ -289,14 +297,17 @@ class LoraBank:
             )
         if not pairs:
             raise AdapterError(f"{path / WEIGHTS} holds no LoRA weights")
-        self._put(name, Adapter(r, alpha, scaling, targets, pairs))
+        adapter = Adapter(r, alpha, scaling, targets, pairs)
+        if bad := not_finite(adapter.named()):
+            raise AdapterError(f"{path / WEIGHTS}: {bad} has NaN or infinite numbers; the adapter is refused")
+        self._put(name, adapter)
 
     def save(self, name: str, path: str | Path) -> None:
         """Write a PEFT directory that `load` here and `peft.PeftModel.from_pretrained` both read."""
         adapter, path = self._get(name), Path(path)
         tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
-        if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise AdapterError(f"adapter {name!r} has NaN or infinite numbers in {bad[0]}: it is not saved")
+        if bad := not_finite(tensors):
+            raise AdapterError(f"adapter {name!r} has NaN or infinite numbers in {bad}: it is not saved")
         path.mkdir(parents=True, exist_ok=True)
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.source, "r": adapter.r,
@@ -395,5 +406,3 @@ class LoraBank:
                 f"{path / WEIGHTS}: {key} has shape {tuple(tensor.shape)}, this model needs {shape}: "
                 "the adapter was made for another model"
             )
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{path / WEIGHTS}: {key} has NaN or infinite numbers; the adapter is refused")
