@@ -39,7 +39,7 @@ from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
-LENGTH_FAVOUR = 4.0  # one number among hundreds would hardly be heard
+LENGTH_FAVOUR = 8.0  # one number among hundreds would hardly be heard
 HEADS, ABOUT = "heads.safetensors", "reward.json"
 Progress = Callable[[float, str], None]
 
