@@ -72,7 +72,7 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
-    kl_target: float = 3.0  # nats a reply, adaptive controller (Ziegler et al. 2019)
+    kl_target: float = 4.5  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
     kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
     back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
