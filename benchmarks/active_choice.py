@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from engine.engine import Engine, SamplingParams
+from engine.features import feature_count
 from learner.config import RewardConfig
 from learner.data import RankedExample, split_folds
 from learner.prompts import HERE as STARTER_DATA
@@ -107,7 +108,7 @@ def sampled(args: argparse.Namespace) -> tuple[Any, list[Replies], list[Replies]
         params = [SamplingParams(max_tokens=args.max_tokens, seed=i) for i in range(len(repeated))]
         done = engine.generate(repeated, params)
         pairs = [(s.prompt_ids, s.token_ids) for s in done]
-        reward, features = RewardModel(model, RewardConfig(), []), torch.empty(len(pairs), 2 * model.hidden_size + 1)
+        reward, features = RewardModel(model, RewardConfig(), []), torch.empty(len(pairs), feature_count(model.hidden_size))
         with torch.no_grad():
             for part in by_length(pairs, 32):
                 features[part] = features_of(model, reward.rows([pairs[i] for i in part]), None)

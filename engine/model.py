@@ -21,6 +21,7 @@ from engine.source import ModelError
 
 __all__ = ["CausalModel", "ModelError"]
 DEFAULT_CONTEXT = 2048  # for the few architectures that name no limit
+SENTENCE_END = r"[.!?\n\u3002\uff01\uff1f]"
 
 
 class CausalModel(nn.Module):
@@ -76,6 +77,14 @@ class CausalModel(nn.Module):
     def digest(self) -> str:
         """sha256 over the stored base weights; reads them once."""
         return source.digest(self.directory)
+
+    @cached_property
+    def sentence_ends(self) -> Tensor:
+        """(V,) bool: the tokens whose text ends a sentence or a line. Raises ModelError where the model has no tokenizer."""
+        from engine.tokenizer import ChatTokenizer
+
+        found = ChatTokenizer.load(self.directory).tokens_with(SENTENCE_END, self.vocab_size)
+        return torch.tensor(found, device=self.device)
 
     def pack(self) -> None:
         """Make inference faster on a CPU for a second copy of the weights (`engine/packed.py`); results agree to rounding."""

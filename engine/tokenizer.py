@@ -5,6 +5,7 @@ Owns the tokenizer. Does not know the model, stop strings (`engine/stopping.py`)
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ class ChatTokenizer:
             )
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+
+    def tokens_with(self, pattern: str, vocab_size: int) -> list[bool]:
+        """For every token id below `vocab_size`, whether its text holds a match of the regular expression; ids without a token do not."""
+        found, known = re.compile(pattern), min(vocab_size, len(self.hf))
+        texts = self.hf.batch_decode([[i] for i in range(known)], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [bool(found.search(text)) for text in texts] + [False] * (vocab_size - known)
 
     @cached_property
     def end_id(self) -> int:

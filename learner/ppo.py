@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.engine import BASE, Engine
+from engine.features import reply_features
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
@@ -93,7 +94,7 @@ class Scorer:
 
 
 class Value(nn.Module):
-    """V of every reply position, in the scorer's units: starts as one reward member, adapter and head."""
+    """V of every reply position, in the scorer's units: starts as what one reward member says of the reply up to there."""
 
     def __init__(self, model: CausalModel, reward: RewardModel, scorer: Scorer) -> None:
         super().__init__()
@@ -103,14 +104,21 @@ class Value(nn.Module):
         else:
             model.lora.create(VALUE, r=reward.config.lora_r, alpha=reward.config.lora_alpha)
         self.model = [model]  # in a list, so that its parameters are not this module's
-        self.head = nn.Linear(model.hidden_size, 1).to(model.device)
+        self.head = nn.Linear(member.head.in_features, 1).to(model.device)
         with torch.no_grad():
             self.head.weight.copy_(member.head.weight / scorer.std[0])
             self.head.bias.copy_((member.head.bias - scorer.mean[0]) / scorer.std[0])
 
     def forward(self, batch: Trajectories, rows: Tensor) -> Tensor:
         """(n, R'): the value before each reply token is chosen."""
-        return self.head(rollout.reply_hidden(self.model[0], batch, rows, VALUE).float()).squeeze(-1)
+        model = self.model[0]
+        hidden = rollout.reply_hidden(model, batch, rows, VALUE).float()  # (n, R', D), the prompt's last state first
+        n, length, _ = hidden.shape
+        total = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, 1:].cumsum(1)], 1)
+        ended = model.sentence_ends[batch.tokens[rows, :length]].cumsum(1)
+        ends = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1)
+        said = torch.arange(length, device=hidden.device).repeat(n)
+        return self.head(reply_features(hidden.flatten(0, 1), total.flatten(0, 1), said, ends.flatten())).view(n, length)
 
     def trained(self) -> list[nn.Parameter]:
         """Adapter and head."""

@@ -1,10 +1,8 @@
 """The reward model: several members, each a scalar head (and, where votes warrant it, a LoRA adapter) on the one shared base.
 
-A completion's score is linear in the final hidden state of its last valid token, the mean of those of its own tokens,
-and the logarithm of its length; prompt and completion are exactly as the engine saw them. The last token alone (Stiennon
-et al. 2020) was not enough for small bases: with 48 simulated votes on pairs of the starter's replies (10% noise, heads
-only, three draws) it was right on 59% of the held-out pairs for "shorter", 85% for "friendly", 90% for "list"; with mean
-and length 78%, 90%, 95%. A length of its own also keeps it out of the other weights (ODIN, Chen et al. 2024).
+A completion's score is linear in what the base makes of it: the final hidden state of its last valid token (Stiennon et al.
+2020), the mean and the sum of those of its own tokens, and how many tokens and sentences it has (`engine/features.py`); prompt and
+completion are exactly as the engine saw them. Counts of their own also keep length out of the other weights (ODIN, Chen et al. 2024).
 
 Members learn from votes by Bradley-Terry over all strict pairs of a comparison, a person's own better reply included
 (Ouyang et al. 2022, Eq. 1), ties by half a win each way or Davidson (1970), "none is good" by an outside option (Luce
@@ -30,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.features import COUNTS, feature_count, reply_features
+from engine.lora import AdapterError
 from engine.model import CausalModel
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split
@@ -39,7 +39,7 @@ from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
-LENGTH_FAVOUR = 8.0  # one number among hundreds would hardly be heard
+COUNT_FAVOUR = 8.0  # a few numbers among hundreds would hardly be heard
 HEADS, ABOUT = "heads.safetensors", "reward.json"
 Progress = Callable[[float, str], None]
 
@@ -51,38 +51,31 @@ class RewardDiverged(Exception):
 class Member(nn.Module):
     """One member: its heads, its adapter, and its own tendency to call ties.
 
-    score = head(h at the last valid token) + pooled(mean h over the reply) + slope * log(1 + reply tokens).
-    head, pooled: (D,) -> scalar. log_nu: Davidson's tie parameter. level: the score of "none of them". adapter: the one
-    it reads the base through, called `name`; None until LoRA training begins, so that all heads on the bare base share
-    one forward pass.
+    score = head(`engine.features` of the reply): (F,) -> scalar. log_nu: Davidson's tie parameter. level: the score of
+    "none of them". adapter: the one it reads the base through, called `name`; None until LoRA training begins, so that
+    all heads on the bare base share one forward pass.
     """
 
     def __init__(self, name: str, hidden_size: int) -> None:
         super().__init__()
         self.name = name
         self.adapter: str | None = None
-        self.head = nn.Linear(hidden_size, 1)
-        self.pooled = nn.Linear(hidden_size, 1, bias=False)
-        for weight in (self.head.weight, self.head.bias, self.pooled.weight):
-            nn.init.zeros_(weight)
-        self.slope = nn.Parameter(torch.zeros(()))
+        self.head = nn.Linear(feature_count(hidden_size), 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         self.log_nu = nn.Parameter(torch.zeros(()))
         self.level = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
     def start(self, weight: Tensor, bias: Tensor, level: Tensor) -> None:
-        """Set the heads from one weight vector (2D + 1,) over `features`, the bias, and the level."""
+        """Set the head from one weight vector (F,) over `features_of`, the bias, and the level."""
         self.level.copy_(level)
-        size = self.head.in_features
-        self.head.weight.copy_(weight[None, :size])
-        self.pooled.weight.copy_(weight[None, size : 2 * size])
-        self.slope.fill_(weight[2 * size].item())
+        self.head.weight.copy_(weight[None])
         self.head.bias.fill_(bias.item())
 
     def of_features(self, features: Tensor) -> Tensor:
-        """(..., 2D + 1) -> (...,) scores, in logits of a pairwise preference."""
-        last, mean, length = features.split([self.head.in_features, self.head.in_features, 1], dim=-1)
-        return (self.head(last) + self.pooled(mean)).squeeze(-1) + self.slope * length.squeeze(-1)
+        """(..., F) -> (...,) scores, in logits of a pairwise preference."""
+        return self.head(features).squeeze(-1)
 
     def forward(self, model: CausalModel, batch: Rows | PackedRows) -> Tensor:
         """Scores (N,) of the rows' replies."""
@@ -101,23 +94,20 @@ class Rows:
 
 
 def features_of(model: CausalModel, batch: Rows, adapter: str | None) -> Tensor:
-    """(N, 2D + 1) float32: final hidden state of the last valid token (not of column -1), the mean of the reply's, and
-    log(1 + reply tokens)."""
+    """(N, F) `engine.features.reply_features`, the last state being that of the last valid token (not of column -1)."""
     hidden = model(batch.ids, valid=batch.valid, adapter=adapter).float()  # (N, T, D)
     last = hidden[torch.arange(len(batch.ids), device=batch.ids.device), batch.valid.sum(1) - 1]
-    count = batch.reply.sum(1, keepdim=True)  # (N, 1)
-    mean = torch.where(batch.reply[:, :, None], hidden, 0.0).sum(1) / count.clamp(min=1)
-    return torch.cat([last, mean, count.float().log1p()], dim=1)
+    total = torch.where(batch.reply[:, :, None], hidden, 0.0).sum(1)
+    return reply_features(last, total, batch.reply.sum(1), (batch.reply & model.sentence_ends[batch.ids]).sum(1))
 
 
 def features_of_packed(model: CausalModel, batch: PackedRows, adapter: str | None) -> Tensor:
-    """`features_of` each reply, (M, 2D + 1) float32, where replies to one prompt share a row."""
+    """`features_of` each reply, (M, F) float32, where replies to one prompt share a row."""
     hidden = model(batch.ids, positions=batch.positions, valid=batch.valid, attend=batch.attend, adapter=adapter).float()  # (N, T, D)
-    last = hidden[batch.row, batch.last]
-    count = batch.reply.sum(1, keepdim=True)  # (M, 1)
     of_reply = [hidden[n, columns] for n, columns in zip(batch.row.tolist(), batch.reply, strict=True)]
-    mean = torch.stack([own.sum(0) for own in of_reply]) / count.clamp(min=1)
-    return torch.cat([last, mean, count.float().log1p()], dim=1)
+    total = torch.stack([own.sum(0) for own in of_reply])
+    ends = (batch.reply & model.sentence_ends[batch.ids][batch.row]).sum(1)
+    return reply_features(hidden[batch.row, batch.last], total, batch.reply.sum(1), ends)
 
 
 class RewardModel:
@@ -172,7 +162,7 @@ class RewardModel:
 
     @classmethod
     def load(cls, model: CausalModel, config: RewardConfig, path: Path) -> RewardModel:
-        """Read what `save` wrote; its scores are the same. Raises engine.lora.AdapterError, OSError."""
+        """Read what `save` wrote; its scores are the same. Raises AdapterError, OSError."""
         about = json.loads((path / ABOUT).read_text("utf-8"))
         tensors, members = load_file(path / HEADS), []
         for i, written in enumerate(about["members"]):
@@ -180,6 +170,8 @@ class RewardModel:
             if written["adapter"]:
                 model.lora.load(member.name, path / f"member{i}")
                 member.adapter = member.name
+            if tensors[f"{i}.head.weight"].shape != member.head.weight.shape:
+                raise AdapterError(f"the reward model in {path.name} is an earlier Plaudit's, which read replies differently: run a round")
             member.load_state_dict({key: tensors[f"{i}.{key}"] for key in member.state_dict()})
             members.append(member.to(model.device))
         return cls(model, config, members)
@@ -233,7 +225,7 @@ class Fit:
         self.generator = torch.Generator().manual_seed(seed)
         weights = torch.empty(len(examples)).exponential_(generator=self.generator)  # Bayesian bootstrap
         self.weights = weights / weights.mean() * torch.tensor([e.weight for e in examples])
-        self.member.start(*linear_probe(examples, features, self.weights, ridge, LENGTH_FAVOUR))
+        self.member.start(*linear_probe(examples, features, self.weights, ridge, COUNTS))
         ties = sum(bool(e.tied) for e in examples) / max(1, sum(bool(e.tied or e.strict) for e in examples))
         self.log_nu = self.member.log_nu if ties else None  # without ties Davidson's model is Bradley-Terry's
         if ties:
@@ -293,9 +285,9 @@ class Fit:
 
 @torch.no_grad()
 def base_features(reward: RewardModel, examples: Sequence[RankedExample]) -> list[Tensor]:
-    """(K, 2D + 1) `features_of` each example's completions on the bare base."""
+    """(K, F) `features_of` each example's completions on the bare base."""
     pairs = [(e.prompt_ids, c) for e in examples for c in e.completions_ids]
-    features = torch.empty(len(pairs), 2 * reward.model.hidden_size + 1)
+    features = torch.empty(len(pairs), feature_count(reward.model.hidden_size))
     for part in by_length(pairs, reward.config.score_batch):
         features[part] = features_of(reward.model, reward.rows([pairs[i] for i in part]), None).cpu()
     return list(features.split([len(e.completions_ids) for e in examples]))
@@ -310,20 +302,27 @@ class Probe(NamedTuple):
 
 
 def linear_probe(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], weights: Tensor, ridge: float, favour: float = 1.0
+    examples: Sequence[RankedExample], features: Sequence[Tensor], weights: Tensor, ridge: float, counts: int = 0
 ) -> Probe:
     """The ridge-penalised Bradley-Terry model with an outside option on fixed features; a tie is half a win each way.
 
     features: (K, F) an example. Features are standardised and the penalty is `ridge` / 2 |w|^2 with them scaled by
-    1 / sqrt(F), so that `ridge` means the same for every model; the last feature is scaled up by `favour`, which makes it
-    that much cheaper to use. Convex: L-BFGS finds the one optimum. The bias puts the mean score of the replies shown at
+    1 / sqrt(F), so that `ridge` means the same for every model. The last `counts` features are pairs x, x^2: of the square only
+    what a line through x leaves of it is used, and both are scaled up by COUNT_FAVOUR, which makes them that much cheaper.
+    Convex: L-BFGS finds the one optimum. The bias puts the mean score of the replies shown at
     0 (Ouyang et al. 2022). The level (`losses.outside_option`) has no penalty; see `knows_level` for when it is there.
     At least one of the examples must state a preference or a tie.
     """
     shown = torch.cat([own[: e.shown] for e, own in zip(examples, features, strict=True)]).double()
-    mean, scale = shown.mean(0), shown.std(0).clamp(min=1e-6) * shown.shape[1] ** 0.5
-    scale[-1] /= favour
-    z = F.pad((torch.cat(list(features)).double() - mean) / scale, (0, 1, 0, 1))
+    mean, first = shown.mean(0), shown.shape[1] - counts
+    mix = torch.eye(shown.shape[1], dtype=torch.float64)  # features @ mix are those that are fitted
+    for i in range(first, first + counts, 2):
+        x = shown[:, i] - mean[i]
+        mix[i, i + 1] = -(x @ shown[:, i + 1]) / (x @ x).clamp(min=1e-12)
+    scale = (shown @ mix).std(0).clamp(min=1e-6) * shown.shape[1] ** 0.5
+    scale[first:] /= COUNT_FAVOUR
+    mix /= scale
+    z = F.pad((torch.cat(list(features)).double() - mean) @ mix, (0, 1, 0, 1))
     z[-1, -1] = 1.0  # the outside option comes last: no features, but a score of its own
     outside, start, both = len(z) - 1, 0, knows_level(examples)
     pairs: list[tuple[int, int, float]] = []  # rows of winner and loser, and what their difference weighs
@@ -347,7 +346,7 @@ def linear_probe(
         return loss
 
     optimizer.step(closure)
-    head = (w.detach()[:-1] / scale).float()
+    head = (mix @ w.detach()[:-1]).float()
     return Probe(head, -(head @ mean.float()), w.detach()[-1].float())
 
 
@@ -513,7 +512,7 @@ def held_out_heads(
     for fold in split.folds:
         train = [examples[j] for j in fold.train]
         weights = torch.tensor([e.weight for e in train])
-        head, bias, _ = linear_probe(train, [features[j] for j in fold.train], weights, ridge, LENGTH_FAVOUR)
+        head, bias, _ = linear_probe(train, [features[j] for j in fold.train], weights, ridge, COUNTS)
         scores |= {j: (features[j] @ head + bias).tolist() for j in fold.test}
     return scores
 

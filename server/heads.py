@@ -1,8 +1,8 @@
 """The learner's reward heads as the server uses them: read from a round's files, fed by the engine's bare base.
 
 Owns the reading of `rounds/NNNNNN/reward` and of a few candidates, stretch by stretch, so that decoding goes on in
-between. The formula is `learner/reward.py`'s, and a test holds the two equal. Does not fit, and does not choose
-(`server/choice.py`).
+between. What a head sees is `engine/features.py`'s; a test holds the scores equal to `learner/reward.py`'s. Does not fit, and
+does not choose (`server/choice.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.cache import Prompt
+from engine.features import feature_count, reply_features
 from engine.model import CausalModel
 from store.rounds import RoundFiles
 
@@ -29,7 +30,7 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Heads:
-    """Linear members over (last state, mean state, log length). weight: (members, 2D + 1); bias: (members,)."""
+    """Linear members over `engine.features`. weight: (members, F); bias: (members,)."""
 
     weight: Tensor
     bias: Tensor
@@ -37,7 +38,7 @@ class Heads:
     round: int
 
     def scores(self, features: Tensor) -> Tensor:
-        """(m, 2D + 1) -> (m, members), logits of a pairwise preference."""
+        """(m, F) -> (m, members), logits of a pairwise preference."""
         return features @ self.weight.T + self.bias
 
 
@@ -56,13 +57,16 @@ def newest_heads(rounds: RoundFiles, base_digest: str) -> Heads | None:
 def _read(path: Path, record: dict[str, Any], base_digest: str, n: int) -> Heads:
     if record["base_digest"] != base_digest:
         raise Unusable(f"the reward model of round {n} was fitted on another base model")
-    members = json.loads((path / "reward.json").read_text("utf-8"))["members"]
+    about = json.loads((path / "reward.json").read_text("utf-8"))
+    members = about["members"]
     if any(member["adapter"] for member in members):
         raise Unusable(f"the reward model of round {n} reads the base through adapters, which are not loaded here")
     tensors = load_file(path / "heads.safetensors")
-    rows = [[tensors[f"{i}.head.weight"][0], tensors[f"{i}.pooled.weight"][0], tensors[f"{i}.slope"][None]] for i in range(len(members))]
-    bias = torch.stack([tensors[f"{i}.head.bias"][0] for i in range(len(members))])
-    return Heads(torch.stack([torch.cat(row) for row in rows]), bias, int(record["config"]["reward"]["max_tokens"]), n)
+    weight = torch.cat([tensors[f"{i}.head.weight"] for i in range(len(members))])
+    if weight.shape[1] != feature_count(about["hidden_size"]):
+        raise Unusable(f"the reward model of round {n} is an earlier Plaudit's, which read replies differently")
+    bias = torch.cat([tensors[f"{i}.head.bias"] for i in range(len(members))])
+    return Heads(weight, bias, int(record["config"]["reward"]["max_tokens"]), n)
 
 
 class Reading:
@@ -76,7 +80,6 @@ class Reading:
         limit, longest = min(max_tokens, model.max_context), max(map(len, replies))
         kept = list(prompt_ids)[-max(limit - longest, 1) :]
         self._model, self._parts = model, [kept, *[list(reply)[-(limit - 1) :] for reply in replies]]
-        self._lengths = [len(reply) for reply in replies]
         self._cache = model.new_cache(1, len(kept) + max(map(len, self._parts[1:])))
         self._part = self._done = 0  # the part being read (0: the prompt), and how much of it has been
         self._total = torch.zeros(model.hidden_size)
@@ -89,8 +92,8 @@ class Reading:
 
     @property
     def features(self) -> Tensor:
-        """(m, 2D + 1) float32, as `learner.reward.features_of`."""
-        return torch.stack(self._rows)
+        """(m, F) float32, as `learner.reward.features_of`."""
+        return torch.cat(self._rows)
 
     @torch.inference_mode()
     def advance(self, count: int) -> int:
@@ -104,7 +107,7 @@ class Reading:
         self._total = self._total + hidden.sum(0)
         if self._done == len(part):
             if self._part:
-                length = torch.tensor([float(self._lengths[self._part - 1])]).log1p()
-                self._rows.append(torch.cat([hidden[-1], self._total / len(part), length]))
+                ends = self._model.sentence_ends[torch.tensor(part, device=self._model.device)].sum().cpu()
+                self._rows.append(reply_features(hidden[-1:], self._total[None], torch.tensor([len(part)]), ends[None]))
             self._part, self._done, self._total = self._part + 1, 0, torch.zeros(self._model.hidden_size)
         return len(ids)

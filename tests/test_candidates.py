@@ -103,8 +103,7 @@ def test_a_long_prompt_loses_its_oldest_tokens_as_in_the_learner(model: CausalMo
     reading = Reading(model, prompt, replies, 12)
     while reading.left:
         reading.advance(5)
-    weight = torch.cat([reward.members[0].head.weight[0], reward.members[0].pooled.weight[0], reward.members[0].slope[None]])
-    ours = reading.features @ weight + reward.members[0].head.bias
+    ours = reading.features @ reward.members[0].head.weight[0] + reward.members[0].head.bias
     torch.testing.assert_close(ours.detach(), short.score([prompt] * 2, replies)[:, 0], atol=1e-3, rtol=1e-4)
 
 

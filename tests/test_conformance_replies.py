@@ -7,6 +7,7 @@ tokens ignored, and `transformers` on each row alone, without padding.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -195,14 +196,18 @@ def test_the_state_before_each_reply_token_is_transformers(case: Case) -> None:
 
 
 def test_the_reward_model_reads_the_last_valid_token_even_where_that_is_the_pad(case: Case) -> None:
+    """As transformers' own states have it; of the reply's own tokens, the last is part of the mean, the sum and the count."""
     reward = RewardModel.create(case.model, RewardConfig(members=1, score_batch=64), 1)
     torch.nn.init.normal_(reward.members[0].head.weight, generator=torch.Generator().manual_seed(0))
     scores = reward.score(case.batch.prompts, case.batch.completions)[:, 0]
     weight = reward.members[0].head.weight.detach()[0]
     for i, (prompt, completion) in enumerate(zip(case.batch.prompts, case.batch.completions, strict=True)):
         with torch.no_grad():
-            last = case.oracle.base_model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0, -1]
-        assert scores[i].item() == pytest.approx(float(weight @ last), rel=1e-3, abs=5e-3)
+            states = case.oracle.base_model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+        own, n = states[len(prompt) :], math.log(1 + len(completion))
+        m = math.log(1 + sum(any(mark in case.tokenizer.hf.decode([token]) for mark in ".!?\n") for token in completion))
+        features = torch.cat([states[-1], own.mean(0), own.sum(0) / 64, torch.tensor([n, n**2, m, m**2])])
+        assert scores[i].item() == pytest.approx(float(weight @ features), rel=1e-3, abs=1e-2)
 
 
 def test_the_score_lands_on_the_end_token_or_the_last_token_of_a_cut_reply_and_nowhere_else(case: Case) -> None:

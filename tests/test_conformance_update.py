@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.engine import Engine
+from engine.features import reply_features
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import ppo, rollout
@@ -259,7 +260,11 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
     for i, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
         row = torch.tensor([[*prompt, *completion]])
         logprobs = model.logprobs(row, adapter="p", temperature=0.7)[0, len(prompt) - 1 :]
-        values = value.head(model(row, adapter=VALUE)[0, len(prompt) - 1 : -1]).squeeze(-1)
+        states, start = model(row, adapter=VALUE)[0], len(prompt)
+        own = [states[start : start + t].sum(0, keepdim=True) for t in range(len(completion))]
+        ends = [model.sentence_ends[completion[:t]].sum()[None] for t in range(len(completion))]
+        seen = [reply_features(states[start + t - 1][None], own[t], torch.tensor([t]), ends[t]) for t in range(len(completion))]
+        values = value.head(torch.cat(seen)).squeeze(-1)
         for t in range(len(completion)):
             ratio, a, v, before, target = (logprobs[t] - old[i, t]).exp(), advantages[i, t], values[t], old_values[i, t], returns[i, t]
             gain, squared = ratio * a, (v - target) ** 2

@@ -66,7 +66,7 @@ def longer_is_better(model: CausalModel) -> RewardModel:
     reward = RewardModel.create(model, RewardConfig(), 2)
     for weight, member in enumerate(reward.members, 1):
         with torch.no_grad():
-            member.slope.fill_(float(weight))
+            member.head.weight[0, -4] = float(weight)
     return reward
 
 

@@ -300,6 +300,7 @@ def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalMode
 
 def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2)
+    torch.nn.init.normal_(reward.members[0].head.weight, generator=torch.Generator().manual_seed(0))
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
     scorer = Scorer(reward, batch)
     with torch.no_grad():

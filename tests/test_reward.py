@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 from scipy.stats import kstest
 
 from engine.model import CausalModel
+from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split, split_folds
 from learner.metrics import pair_accuracy
@@ -61,7 +62,7 @@ def shortest_wins(count: int, seed: int) -> list[RankedExample]:
 
 
 @pytest.mark.parametrize("adapter", [None, "reward0"])
-def test_the_score_is_last_token_reply_mean_and_length_whatever_the_padding(model: CausalModel, adapter: str | None) -> None:
+def test_the_score_is_last_state_mean_sum_and_counts_whatever_the_padding(model: CausalModel, tiny_llama: Path, adapter: str | None) -> None:
     reward = RewardModel.create(model, SMALL, 1)
     if adapter:
         model.lora.create(adapter, r=4, alpha=8)
@@ -69,17 +70,19 @@ def test_the_score_is_last_token_reply_mean_and_length_whatever_the_padding(mode
             torch.nn.init.normal_(p, std=0.1 if "lora_B" in name else 0.3)
         reward.members[0].adapter = adapter
     torch.nn.init.normal_(reward.members[0].head.weight)
-    torch.nn.init.normal_(reward.members[0].pooled.weight)
-    torch.nn.init.constant_(reward.members[0].slope, 0.3)
-    data = replies(5, 1)
-    prompts, completions = [p for p, _ in data], [c[0] for _, c in data]
+    tokenizer = ChatTokenizer.load(tiny_llama)
+    data, spoken = replies(5, 1), tokenizer.encode("One. Two! Is it three?")
+    prompts, completions = [p for p, _ in data], [(*spoken[: 3 * i], *c[0]) for i, (_, c) in enumerate(data)]
     together = reward.score(prompts, completions)
     assert together.shape == (5, 1)
     for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         with torch.no_grad():
             hidden = model(torch.tensor([[*p, *c]]), adapter=adapter)[0]
-            member = reward.members[0]
-            expected = float(member.head(hidden[-1]) + member.pooled(hidden[len(p) :].mean(0)) + 0.3 * math.log(1 + len(c)))
+        own, texts = hidden[len(p) :], [tokenizer.hf.decode([i]) for i in c]
+        ends = sum(any(mark in text for mark in ".!?\n") for text in texts)
+        counts = [math.log(1 + len(c)), math.log(1 + len(c)) ** 2, math.log(1 + ends), math.log(1 + ends) ** 2]
+        features = torch.cat([hidden[-1], own.mean(0), own.sum(0) / 64, torch.tensor(counts)])
+        expected = float(reward.members[0].head(features).detach())
         assert float(together[i, 0]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -115,6 +118,51 @@ def test_the_probe_is_the_optimum_that_scipy_finds() -> None:
     assert head.numpy() == pytest.approx(best / scale, abs=1e-4)
     scores = torch.cat(features) @ head + bias
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_counts_are_cheaper_and_bend_only_where_a_line_does_not_do(model: CausalModel) -> None:
+    """The optimum that scipy finds where x^2 has lost what a line through x explains, and both count eight times their deviation."""
+    rng = np.random.default_rng(3)
+    x = rng.uniform(1, 4, size=(30, 3))
+    flat = np.stack([rng.normal(size=(30, 3)), x, x**2], 2)
+    best = [int(np.argmin(abs(row - 2.5))) for row in x]  # the one in the middle is liked
+    examples = [example((5,), [(6,), (7,), (8,)], [[b], [i for i in range(3) if i != b]], n) for n, b in enumerate(best)]
+    rows = flat.reshape(-1, 3)
+    line = np.polyfit(rows[:, 1], rows[:, 2], 1)
+    parts = np.stack([rows[:, 0], rows[:, 1], rows[:, 2] - np.polyval(line, rows[:, 1])], 1)
+    z = ((parts - parts.mean(0)) / parts.std(0, ddof=1) * [1, 8, 8] / np.sqrt(3)).reshape(30, 3, 3)
+
+    def objective(w: np.ndarray) -> float:
+        return float(0.3 / 2 * w @ w + sum(np.mean([np.log1p(np.exp((own[i] - own[b]) @ w)) for i in range(3) if i != b]) for own, b in zip(z, best, strict=True)))
+
+    expected = z @ minimize(objective, np.zeros(3), method="BFGS", options={"gtol": 1e-9}).x
+    head, bias, _ = linear_probe(examples, [torch.tensor(own, dtype=torch.float32) for own in flat], torch.ones(30), 0.3, counts=2)
+    found = torch.tensor(flat, dtype=torch.float32) @ head + bias
+    assert found.numpy() == pytest.approx(expected, abs=2e-3)
+    assert np.mean(found.argmax(1).numpy() == best) > 0.9
+
+
+def test_a_wanted_number_of_sentences_is_learned_from_few_votes(model: CausalModel, tiny_llama: Path) -> None:
+    """Three sentences are best, two and four worse, whatever their length: no line through any count tells them apart."""
+    tokenizer, rng = ChatTokenizer.load(tiny_llama), random.Random(5)
+    stop = tokenizer.encode("a.")[-1:]
+
+    def reply(sentences: int) -> tuple[int, ...]:
+        return (*(i for _ in range(sentences) for i in (*(rng.randrange(5, 400) for _ in range(rng.randrange(1, 6))), *stop)), 1)
+
+    def votes(count: int, first: int) -> list[RankedExample]:
+        found = []
+        for n in range(first, first + count):
+            kinds = rng.sample([2, 3, 4], 3)
+            shown, best = [reply(k) for k in kinds], kinds.index(3)
+            found.append(example((rng.randrange(5, 400),), shown, [[best], [i for i in range(3) if i != best]], n))
+        return found
+
+    assert model.sentence_ends[list(stop)].all()
+    train, test = votes(40, 0), votes(40, 100)
+    reward = fit_members(model, train, SMALL, 0, 0.1, 0, lambda *_: None)
+    right = [int(s.mean(1).argmax()) == e.groups[0][0] for s, e in zip(reward.score_examples(test), test, strict=True)]
+    assert sum(right) > 30
 
 
 def test_the_probe_recovers_a_planted_bradley_terry_scale() -> None:
