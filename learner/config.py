@@ -73,6 +73,7 @@ class PPOConfig:
     lam: float = 0.95
     kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
     kl_target: float = 4.5  # nats a reply, adaptive controller (Ziegler et al. 2019)
+    kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
     kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
     back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
@@ -97,6 +98,7 @@ class PPOConfig:
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
+        _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
         _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
 
 

@@ -67,6 +67,15 @@ class KLController:
         self.beta *= 1 + error * replies / self.horizon
 
 
+def kl_warranted(config: PPOConfig, votes: int) -> float:
+    """Nats a reply to aim at with a reward model of so many votes.
+
+    The distance at which gold reward turns grows with the votes the proxy saw (Gao et al. 2023, section 3.3): what sixteen votes
+    say is not worth the way that a hundred are, and a first version that went too far is in the way of all that follow.
+    """
+    return config.kl_target * min(1.0, math.sqrt(votes / config.kl_votes))
+
+
 class Scorer:
     """Ensemble scores in comparable units: each member has mean 0 and within-prompt deviation 1 on the reference's replies.
 

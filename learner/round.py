@@ -39,7 +39,7 @@ from learner.data import (
 )
 from learner.gate import GateError, run_gate
 from learner.metrics import agreement, length_baseline, reward_report
-from learner.ppo import PPOError, train_ppo
+from learner.ppo import PPOError, kl_warranted, train_ppo
 from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
 from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
@@ -173,15 +173,16 @@ class Learner:
                     if name != "update" and isinstance(value, int | float):
                         curves.add_scalar(f"ppo/{name}", value, int(row["update"]))
 
+            ppo = replace(config.ppo, kl_target=kl_warranted(config.ppo, len(examples)))
             result = train_ppo(
-                self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=config.ppo, start=start,
+                self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=ppo, start=start,
                 reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
                 demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats],
             )  # fmt: skip
             lap.mark("ppo_s")
             record["ppo"] = {
                 "updates": int(result.history[-1]["update"]), "kept_update": result.kept_update, "stopped": result.stopped,
-                "kl": result.kl, "history": result.history,
+                "kl": result.kl, "kl_target": ppo.kl_target, "history": result.history,
             }  # fmt: skip
             self.check_finite()
             if result.kept_update == 0:

@@ -29,6 +29,7 @@ from learner.ppo import (
     fault_advantages,
     fault_rewards,
     fault_tokens,
+    kl_warranted,
     learn,
     prompt_batches,
     train_ppo,
@@ -320,6 +321,11 @@ def test_members_with_other_offsets_and_scales_count_the_same(model: CausalModel
     within = units[:, 0].view(-1, 2)
     pooled = ((within - within.mean(1, keepdim=True)) ** 2).sum() / (12 - 6)
     assert float(pooled) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_few_votes_warrant_few_nats() -> None:
+    config = PPOConfig(kl_target=4.0, kl_votes=64)
+    assert [kl_warranted(config, votes) for votes in (4, 16, 64, 500)] == pytest.approx([1.0, 2.0, 4.0, 4.0])
 
 
 def test_the_kl_controller_by_hand() -> None:
