@@ -35,7 +35,7 @@ from learner import rollout
 from learner.config import LearnerConfig
 from learner.data import examples_from_votes, split_folds
 from learner.gate import reply_kl
-from learner.ppo import Judged, Scorer, train_ppo
+from learner.ppo import Judged, Scorer, kl_price, train_ppo
 from learner.prompts import prompts_from
 from learner.reward import RewardModel, cross_validate, fit_members
 from learner.rollout import Trajectories
@@ -87,7 +87,7 @@ def curve(
         print("   " + json.dumps({k: round(v, 3) for k, v in points[-1].items()}), flush=True)
 
     free = replace(
-        config.ppo, updates=args.updates, tokens=10**9, kl_coef=args.kl_coef, kl_horizon=1e9, kl_ceiling=1e6, broken_penalty=0.0, max_seconds=math.inf, patience=10**6,
+        config.ppo, updates=args.updates, tokens=10**9, kl_coef=args.kl_coef / kl_price(config.ppo.kl_target), kl_horizon=1e9, kl_ceiling=1e6, broken_penalty=0.0, max_seconds=math.inf, patience=10**6,
         uncertainty=config.ppo.uncertainty if len(proxy.members) > 1 else 0.0,
     )  # fmt: skip
     train_ppo(model, tokenizer, proxy, prompts=practice, policy=POLICY, config=free, judges=None, seed=args.seed, on_update=look)
@@ -107,7 +107,7 @@ def stops(points: Sequence[dict[str, float]], config: LearnerConfig) -> dict[str
         if judged.parted(point["judges"]):
             stopped = points[judged.scores.index(max(judged.scores))]
             break
-    under = [p for p in points if p["kl"] <= config.ppo.kl_ceiling]
+    under = [p for p in points if p["kl"] <= config.ppo.kl_ceiling * config.ppo.kl_target]
     ends: dict[str, Any] = {"peak": peak, "last": points[-1], "judges": stopped, "kl_ceiling": under[-1]}
     ends["gold_lost_by_the_end"] = peak["gold"] - points[-1]["gold"]
     first = min((p for p in (stopped, under[-1]) if p is not None), key=lambda p: p["update"])

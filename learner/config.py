@@ -71,11 +71,11 @@ class PPOConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coef: float = 0.1  # beta at the start, in deviations of the score a nat
+    kl_coef: float = 1.0  # beta at the start and at least, in units of the price at which a tilt lies kl_target away (`ppo.kl_price`)
     kl_target: float = 4.5  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
-    kl_ceiling: float = 8.0  # nats a reply against the reference: over it, the run goes back to the last state under it
+    kl_ceiling: float = 1.35  # times kl_target: over it, the run goes back to the last state under it
     back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
@@ -99,7 +99,7 @@ class PPOConfig:
         _need(self.temperature > 0, "ppo.temperature must be positive")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
-        _need(0 < self.kl_target <= self.kl_ceiling, "ppo.kl_target must be positive and at most ppo.kl_ceiling")
+        _need(self.kl_target > 0 and self.kl_ceiling >= 1, "ppo.kl_target must be positive, ppo.kl_ceiling at least 1")
 
 
 @dataclass(frozen=True)

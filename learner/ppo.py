@@ -53,18 +53,32 @@ class PPOResult:
     kl: float  # nats a reply against the reference, measured on the kept policy's rollouts
     seconds: float
     sample: str = field(repr=False, default="")  # one reply of the kept policy
+    note: str | None = None  # where it began, if that is not `start`
 
 
 class KLController:
-    """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2)."""
+    """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2), never below where it began.
+
+    Theirs may fall without end. A run begins at 0 nats, which is under every target, so by the time the policy comes near, the
+    price would have been given away.
+    """
 
     def __init__(self, beta: float, target: float, horizon: float) -> None:
-        self.beta, self.target, self.horizon = beta, target, horizon
+        self.beta, self.least, self.target, self.horizon = beta, beta, target, horizon
 
     def update(self, kl: float, replies: int) -> None:
         """kl: nats a reply, mean over `replies` of them. The error is clipped to 20%."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.beta *= 1 + error * replies / self.horizon
+        self.beta = max(self.least, self.beta * (1 + error * replies / self.horizon))
+
+
+def kl_price(target: float) -> float:
+    """beta at which the best policy for a normal score of deviation 1 is `target` nats from the reference: 1 / sqrt(2 target).
+
+    That policy is pi_ref exp(score / beta) / Z (Ziegler et al. 2019, section 2; Korbak et al. 2022): it moves the score's mean by
+    1 / beta and leaves its deviation, so KL = 1 / (2 beta^2).
+    """
+    return 1 / math.sqrt(2 * target)
 
 
 def kl_warranted(config: PPOConfig, votes: int) -> float:
@@ -187,7 +201,8 @@ def train_ppo(
     KL is measured against; None for the bare base. judges: held-out reward members, which are looked at and never
     optimised: where they and `reward` part, the run stops and goes back to where the judges liked it best.
     demonstrations: (prompt, reply) token ids that the policy shall go on finding likely, where `ptx_coef` asks for it.
-    Raises PPOError when a number is not finite, no prompt fits, or the policy is over the KL ceiling from the outset.
+    A start over the KL ceiling is left for the reference, and the result's `note` says so.
+    Raises PPOError when a number is not finite or no prompt fits.
     """
     began = time.monotonic()
     fitting = [list(p) for p in prompts if len(p) + config.max_new_tokens <= model.max_context]
@@ -196,26 +211,40 @@ def train_ppo(
             "no prompt leaves room for a reply in the model's context: lower ppo.max_new_tokens or use shorter prompts"
         )
 
-    # 1. The policy, its optimiser, an engine to sample with, and the reference's own replies as the unit of the score.
-    if start is None:
-        model.lora.create(policy, r=config.lora_r, alpha=config.lora_alpha, seed=seed)
-    else:
-        model.lora.copy(start, policy, trainable=True)
+    # 1. An engine to sample with, the reference's own replies as the unit of the score, the policy and its optimiser.
+    ceiling = config.kl_ceiling * config.kl_target
     room = max(map(len, fitting)) + config.max_new_tokens
     size = config.prompts_per_update * config.replies_per_prompt
     engine = Engine(model, tokenizer, max_sequences=size, max_context=room)
     draw = prompt_batches(fitting, config.prompts_per_update, seed)
 
-    def sample(version: str, number: int) -> Trajectories:
+    def sample(version: str, asked: Sequence[Sequence[int]], number: int) -> Trajectories:
         try:
             return rollout.sample(
-                engine, next(draw), version=version, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
+                engine, asked, version=version, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
                 temperature=config.temperature, seed=seed * 1_000_003 + number * size,
             )  # fmt: skip
         except FloatingPointError as error:
             raise PPOError(str(error)) from error
 
-    unit = sample(reference or BASE, 0)
+    def distance(batch: Trajectories) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, R) each: the policy's log-probabilities and its KL from the reference, by the training pass; its entropy. Nats."""
+        rows = range(len(batch))
+        with torch.no_grad():
+            own, entropy = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, policy, config.temperature))
+            ref, _ = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, reference, config.temperature))
+        kl = kl_k1(own, ref)
+        if not bool(kl.isfinite().all()):
+            raise PPOError("the KL divergence from the reference is not a finite number")
+        return own, kl, entropy
+
+    asked = next(draw)
+    unit, note = sample(reference or BASE, asked, 0), None
+    begin(model, policy, start, config, seed)
+    if start not in (None, reference) and (far := float(distance(sample(policy, asked, 0))[1].sum(1).mean())) > ceiling:
+        note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
+        model.lora.delete(policy)
+        begin(model, policy, reference, config, seed)
     scorer = Scorer(reward, unit)
     judge = None if judges is None else Scorer(judges, unit)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
@@ -226,7 +255,7 @@ def train_ppo(
         groups.append({"params": value.trained(), "lr": config.value_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
     peak = [group["lr"] for group in optimizer.param_groups]
-    controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+    controller = KLController(config.kl_coef * kl_price(config.kl_target), config.kl_target, config.kl_horizon)
 
     history: list[dict[str, Any]] = []
     kept = Kept(model, policy)
@@ -240,17 +269,11 @@ def train_ppo(
             final = update == last or done >= 1 or lap - began > config.max_seconds
 
             # 2. Rollouts: the policy's own replies, by the engine.
-            batch = sample(policy, update + 1)
-            rows = list(range(len(batch)))
+            batch = sample(policy, next(draw), update + 1)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
-            with torch.no_grad():
-                old, entropy = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, policy, config.temperature))  # noqa: B023
-                ref, _ = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, reference, config.temperature))  # noqa: B023
-            kl = kl_k1(old, ref)  # (B, R) nats
+            old, kl, entropy = distance(batch)  # (B, R) nats
             kl_reply = float(kl.sum(1).mean())
-            if not math.isfinite(kl_reply):
-                raise PPOError("the KL divergence from the reference is not a finite number")
 
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members = scorer(batch)  # (B, members)
@@ -270,13 +293,11 @@ def train_ppo(
 
             # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at twice the
             # price. Parted from the held-out members: stop.
-            if kl_reply > config.kl_ceiling:
+            if kl_reply > ceiling and update > 0:
                 history.append(row | {"seconds": time.monotonic() - lap})
-                if update == 0:
-                    raise PPOError(f"the starting policy is {kl_reply:.1f} nats from the reference, over the ceiling of {config.kl_ceiling:g}")
                 kept.restore()
                 if backed_off == config.back_offs or final:
-                    stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {config.kl_ceiling:g}: went back to update {kept.update}"
+                    stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {ceiling:.1f}: went back to update {kept.update}"
                     break
                 backed_off += 1
                 peak = [top / 2 for top in peak]
@@ -313,7 +334,7 @@ def train_ppo(
                 if config.whiten_rewards:
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
                 with torch.no_grad():
-                    (old_values,) = over(batch, rows, config, lambda r: (value(batch, r),))  # noqa: B023
+                    (old_values,) = over(batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
                 residual = masked_var(returns - old_values, batch.mask)
                 row["explained_variance"] = float(1 - residual / masked_var(returns, batch.mask).clamp(min=1e-8))
@@ -341,7 +362,15 @@ def train_ppo(
         kept.restore()
         if value is not None:
             model.lora.delete(VALUE)
-    return PPOResult(policy, history, stopped, kept.update, kept.kl, time.monotonic() - began, kept.sample)
+    return PPOResult(policy, history, stopped, kept.update, kept.kl, time.monotonic() - began, kept.sample, note)
+
+
+def begin(model: CausalModel, policy: str, start: str | None, config: PPOConfig, seed: int) -> None:
+    """Make adapter `policy`: a copy of `start`, or for None a new one that changes nothing."""
+    if start is None:
+        model.lora.create(policy, r=config.lora_r, alpha=config.lora_alpha, seed=seed)
+    else:
+        model.lora.copy(start, policy, trainable=True)
 
 
 def learn(

@@ -182,7 +182,7 @@ class Learner:
             lap.mark("ppo_s")
             record["ppo"] = {
                 "updates": int(result.history[-1]["update"]), "kept_update": result.kept_update, "stopped": result.stopped,
-                "kl": result.kl, "kl_target": ppo.kl_target, "history": result.history,
+                "kl": result.kl, "kl_target": ppo.kl_target, "note": result.note, "history": result.history,
             }  # fmt: skip
             self.check_finite()
             if result.kept_update == 0:

@@ -207,11 +207,12 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     watched = Watched(monkeypatch, tmp_path)
     reward = Planted.create(model, RewardConfig(members=2, lora_r=4), 2)
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
-    unit, beta = watched.batches[0], config.kl_coef
+    unit = watched.batches[0]
+    least = beta = config.kl_coef / (2 * config.kl_target) ** 0.5
     assert len(watched.given) == 2
     for update, given in enumerate(watched.given):
         batch = given["batch"]
-        assert batch is watched.batches[1 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
+        assert batch is watched.batches[2 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
         logprobs = by_transformers(tiny_llama, tmp_path / str(update), batch, config.temperature)
         ref = by_transformers(tiny_llama, tmp_path / "reference", batch, config.temperature)
         close(given["old"], logprobs)
@@ -238,7 +239,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
             close(given["returns"], [[a + v for a, v in zip(*rows, strict=True)] for rows in zip(advantages, values, strict=True)])
         close(given["advantages"], white(advantages) if whitened else advantages)
         error = min(max(mean_kl / config.kl_target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
-        beta *= 1 + error * len(batch) / config.kl_horizon
+        beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
 
 
 def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_token(model: CausalModel, tokenizer: ChatTokenizer) -> None:

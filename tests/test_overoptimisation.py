@@ -24,7 +24,7 @@ def test_the_judges_end_a_run_at_their_best_look() -> None:
 
 
 def test_the_kl_ceiling_ends_a_run_that_the_judges_like() -> None:
-    curve = [point(0, 0, 0, 0), point(3, 3, 1, 1), point(6, 7, 0.8, 2), point(9, 30, -1, 3)]
+    curve = [point(0, 0, 0, 0), point(3, 3, 1, 1), point(6, 5, 0.8, 2), point(9, 30, -1, 3)]
     found = stops(curve, LearnerConfig())
     assert found["judges"] is None and found["stopped_at"]["update"] == 6
     assert not found["before_the_turn"] and abs(found["gold_lost_at_stop"] - 0.2) < 1e-9

@@ -29,6 +29,7 @@ from learner.ppo import (
     fault_advantages,
     fault_rewards,
     fault_tokens,
+    kl_price,
     kl_warranted,
     learn,
     prompt_batches,
@@ -40,7 +41,7 @@ from learner.rollout import Trajectories, collect, reply_logprobs
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
 SMALL = PPOConfig(
     estimator="gae", updates=3, prompts_per_update=4, replies_per_prompt=4, max_new_tokens=12, epochs=1, minibatches=1, lora_r=4, lora_alpha=8,
-    lr=5e-3, value_lr=5e-3, broken_penalty=0.0, missing_eos_penalty=0.0, kl_target=20.0, kl_ceiling=200.0, max_seconds=300.0,
+    lr=5e-3, value_lr=5e-3, broken_penalty=0.0, missing_eos_penalty=0.0, kl_target=20.0, kl_ceiling=10.0, max_seconds=300.0,
 )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def test_scores_of_zero_leave_only_what_cut_replies_cost(model: CausalModel, tok
 
 
 def test_over_the_ceiling_the_run_stops_and_goes_back(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
-    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.0, kl_target=2.0, kl_ceiling=2.0, back_offs=0)
+    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.0, kl_target=2.0, kl_ceiling=1.0, back_offs=0)
     result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
     assert "ceiling" in result.stopped and result.history[-1]["kl"] > 2.0 >= result.kl
     assert result.kept_update < result.history[-1]["update"]
@@ -135,7 +136,7 @@ def test_over_the_ceiling_the_run_stops_and_goes_back(model: CausalModel, tokeni
 def test_over_the_ceiling_it_goes_on_from_the_last_good_state_with_smaller_steps(
     model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]
 ) -> None:
-    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.01, kl_target=2.0, kl_horizon=1e9, kl_ceiling=2.0, back_offs=8)  # the controller rests
+    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.02, kl_target=2.0, kl_horizon=1e9, kl_ceiling=1.0, back_offs=8)  # the controller rests
     result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
     over = [row["update"] for row in result.history if row["kl"] > 2.0]
     assert over and "policy_loss" not in result.history[over[0]]  # no update was made from there
@@ -145,18 +146,22 @@ def test_over_the_ceiling_it_goes_on_from_the_last_good_state_with_smaller_steps
     assert result.kept_update > over[0] and result.kl <= 2.0
 
 
-def test_a_start_over_the_ceiling_is_refused(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+def test_a_start_over_the_ceiling_is_left_for_the_reference(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     model.lora.create("far", r=4, seed=0)
     with torch.no_grad():
         for p in model.lora.parameters("far").values():
             p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     reward = reward_for(model, even_share)
-    with pytest.raises(PPOError, match="over the ceiling"):
-        train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=replace(SMALL, kl_target=1, kl_ceiling=1), start="far")
-    first = train_ppo(
-        model, tokenizer, reward, prompts=prompts, policy="p", config=replace(SMALL, updates=1), start="far", reference="far"
-    ).history[0]
-    assert first["kl"] == 0.0  # measured against the reference that was named, not against the base
+    low = replace(SMALL, updates=1, kl_target=1.0, kl_ceiling=1.0)
+    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=low, start="far")
+    assert result.history[0]["kl"] == 0.0 and "over the ceiling of 1.0" in str(result.note)
+    model.lora.delete("p")
+    high = replace(low, kl_target=1e3)
+    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=high, start="far")
+    assert result.history[0]["kl"] > 1.0 and result.note is None
+    model.lora.delete("p")
+    named = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=low, start="far", reference="far")
+    assert named.history[0]["kl"] == 0.0 and named.note is None  # measured against the reference that was named, not against the base
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -336,6 +341,17 @@ def test_the_kl_controller_by_hand() -> None:
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1)
     controller.update(0.0, 50)
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
+    controller.update(0.0, 50)
+    assert controller.beta == 0.1  # not 0.0936: never below where it began
+
+
+@pytest.mark.parametrize("target", [1.0, 4.5])
+def test_at_its_price_the_best_policy_for_a_normal_score_lies_at_the_target(target: float) -> None:
+    """Of outcomes scored N(0, 1) by the reference, pi ~ pi_ref exp(score / beta): its KL by quadrature."""
+    score = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    reference = torch.softmax(-(score**2) / 2, 0)
+    best = torch.softmax(reference.log() + score / kl_price(target), 0)
+    assert float((best * (best / reference).log()).nansum()) == pytest.approx(target, rel=1e-6)
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:
