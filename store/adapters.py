@@ -149,6 +149,8 @@ class AdapterRegistry:
             raise CorruptAdapter(f"{version}: {MANIFEST} is missing. {REMEDY}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptAdapter(f"{version}: {MANIFEST} cannot be read ({type(error).__name__}). {REMEDY}") from error
+        except OSError as error:
+            raise CorruptAdapter(f"{version}: {MANIFEST} cannot be read ({error.strerror}). {REMEDY}") from error
         if manifest.version != version:
             raise CorruptAdapter(f"{version}: its {MANIFEST} is of {manifest.version[:40]}. {REMEDY}")
         return manifest
@@ -171,7 +173,11 @@ class AdapterRegistry:
         for name in sorted(there - listed):
             raise CorruptAdapter(f"{version}: {name} is not in its manifest. {REMEDY}")
         for name in sorted(listed):
-            if sha256_file(directory / name) != manifest.files[name]:
+            try:
+                digest = sha256_file(directory / name)
+            except OSError as error:
+                raise CorruptAdapter(f"{version}: {name} cannot be read ({error.strerror}). {REMEDY}") from error
+            if digest != manifest.files[name]:
                 raise CorruptAdapter(f"{version}: {name} is not what was published. {REMEDY}")
         if not set(CONTENT) <= listed or content_address(manifest.files) != manifest.sha256:
             raise CorruptAdapter(f"{version}: its manifest does not address its files. {REMEDY}")

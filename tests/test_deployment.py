@@ -178,6 +178,7 @@ def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_lla
     lying = publish_random(registry, tiny_llama, seed=4, probe={"prompt_ids": [5, 6], "top_ids": [7], "top_logprobs": [-9.0]})
     no_manifest = publish_random(registry, tiny_llama, seed=5)
     (registry.path(no_manifest) / "manifest.json").unlink()
+    registry.path("v000006").write_text("a file, not a version's directory")
     odd_probe = publish_random(registry, tiny_llama, seed=6, probe={"prompt_ids": [10**9], "top_ids": [7], "top_logprobs": [-9.0]})
     with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
         assert running.runtime.deployment.live == "base"
@@ -186,7 +187,7 @@ def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_lla
         reasons, status = listed["refused"], {row["version"]: row["status"] for row in listed["data"]}
         assert "adapter_model.safetensors" in reasons[flipped] and "another base" in reasons[foreign]
         assert "gate" in reasons[gated] and "nats" in reasons[lying]
-        assert "manifest.json" in reasons[no_manifest] and "probe" in reasons[odd_probe]
+        assert "manifest.json" in reasons[no_manifest] and "probe" in reasons[odd_probe] and "Not a directory" in reasons["v000006"]
         assert status == dict.fromkeys([flipped, foreign, gated, lying, odd_probe], "rejected")
         assert running.runtime.bridge._engine.versions() == ["base"]
         for version in (flipped, foreign, gated, lying, odd_probe):

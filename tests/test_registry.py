@@ -59,6 +59,8 @@ def test_the_same_content_has_the_same_address_and_a_new_version(tmp_path: Path)
     (lambda d: (d.rename(d.parent / "elsewhere"), d.symlink_to(d.parent / "elsewhere")), "its directory is a link"),
     (lambda d: (d / "link").symlink_to("/etc/passwd"), "link is a link"),
     (lambda d: d.rename(d.parent / "v000002"), "of v000001"),
+    (lambda d: (d.rename(d.parent / "elsewhere"), d.write_text("x")), r"manifest.json cannot be read \(Not a directory\)"),
+    (lambda d: ((d / "manifest.json").unlink(), (d / "manifest.json").mkdir()), r"manifest.json cannot be read \(Is a directory\)"),
 ])
 def test_damage_is_named(tmp_path: Path, damage, named: str) -> None:
     registry = AdapterRegistry(tmp_path)
