@@ -81,6 +81,7 @@ class Supervisor:
         self.restarts = 0
         self.last_exit: int | None = None
         self.pid: int | None = None
+        self._began = 0.0  # the child's start, on the monotonic clock
         self._on_restart = on_restart
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -92,8 +93,9 @@ class Supervisor:
 
     @property
     def degraded(self) -> bool:
-        """Whether the child has crashed too often in a row."""
-        return self.crashes >= self.backoff.degraded_after
+        """Whether the child has crashed too often in a row, and not yet run long enough since to forget it."""
+        recovered = self.running and time.monotonic() - self._began >= self.backoff.healthy_s
+        return self.crashes >= self.backoff.degraded_after and not recovered
 
     @property
     def reason(self) -> str | None:
@@ -115,11 +117,11 @@ class Supervisor:
 
     async def _run(self) -> None:
         while not self._stopping.is_set():
-            began = time.monotonic()
+            self._began = time.monotonic()
             code = await self._once()
             if self._stopping.is_set():
                 return
-            lived_s = time.monotonic() - began
+            lived_s = time.monotonic() - self._began
             self.crashes = 1 if lived_s >= self.backoff.healthy_s else self.crashes + 1
             self.last_exit, self.restarts = code, self.restarts + 1
             pause_s = min(self.backoff.longest_s, self.backoff.first_s * 2 ** min(self.crashes - 1, 30))

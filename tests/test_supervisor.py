@@ -72,6 +72,20 @@ def test_a_child_that_always_crashes_is_degraded_but_still_tried(tmp_path: Path)
     asyncio.run(scenario())
 
 
+def test_a_child_that_came_back_and_stays_is_no_longer_degraded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        supervisor = child(tmp_path, CRASHES_TWICE)
+        supervisor.backoff = Backoff(first_s=0.05, longest_s=0.2, healthy_s=1.5, degraded_after=2)
+        await supervisor.start()
+        await until(lambda: supervisor.crashes == 2 and supervisor.running)
+        assert supervisor.degraded and "2 times in a row" in (supervisor.reason or "")
+        await until(lambda: not supervisor.degraded)
+        assert supervisor.running and supervisor.reason is None and supervisor.restarts == 2
+        await supervisor.stop(grace_s=5)
+
+    asyncio.run(scenario())
+
+
 def test_a_child_deaf_to_sigterm_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)"
 
