@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from engine import packed
 from engine.cache import KVCache, Prompt, Rows, additive
 from engine.lora import LoraBank, LoraLinear, Part
-from engine.source import ModelError, weight_files
+from engine.source import ModelError, first_line, weight_files
 
 
 class Spans(Cache):
@@ -55,7 +55,7 @@ class General(nn.Module):
                 directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:
-            raise ModelError(f"{name} cannot be loaded as a causal language model: {error}") from error
+            raise ModelError(f"{name} cannot be loaded as a causal language model: {first_line(error)}") from error
         model = model.to(device).eval().requires_grad_(False)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or model.base_model is model:
@@ -73,7 +73,7 @@ class General(nn.Module):
         except ModelError as error:
             raise ModelError(f"{name} is not supported: {error}") from error
         except Exception as error:  # whatever an architecture trips over, it is one we cannot serve
-            raise ModelError(f"{name} is not supported by the engine: {error}") from error
+            raise ModelError(f"{name} is not supported by the engine: {first_line(error)}") from error
 
     def forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Prompt | Rows | None = None

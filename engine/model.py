@@ -63,10 +63,9 @@ class CausalModel(nn.Module):
 
         Raises ModelError, saying what to do, when it cannot be found, read, or computed exactly.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = source.device_named(device)
         directory = source.resolve(source_name)
-        model = cls(directory, str(source_name), source.read_config(directory), dtype, torch.device(device))
+        model = cls(directory, str(source_name), source.read_config(directory), dtype, where)
         return model.eval()
 
     def train(self, mode: bool = True) -> CausalModel:

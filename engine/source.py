@@ -47,6 +47,26 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
+def device_named(name: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. Raises ModelError when it is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"{name!r} is not a device: use auto, cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = "no CUDA device" if not count else "only cuda:0" if count == 1 else f"only cuda:0 to cuda:{count - 1}"
+        raise ModelError(f"{name} is not here: torch finds {there} on this machine. Use device auto or cpu")
+    return device
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in the one line that a person reads."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where the file is absent. Raises ModelError when it is not a JSON object."""
     try:
@@ -93,7 +113,7 @@ def read_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"{directory}/config.json is not a config this release of transformers knows: {error}"
+            f"{directory}/config.json is not a config this release of transformers knows: {first_line(error)}"
         ) from error
 
 

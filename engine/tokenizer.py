@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.source import ModelError, eos_ids, read_json, resolve
+from engine.source import ModelError, eos_ids, first_line, read_json, resolve
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 WINDOW = 16  # tokens
@@ -42,7 +42,9 @@ class ChatTokenizer:
         try:
             tokenizer = kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # any of a dozen types, all meaning: no usable tokenizer here
-            raise ModelError(f"{source} has no tokenizer that can be loaded: {error}") from error
+            there = (directory / "tokenizer.json").is_file()
+            why = first_line(error) if there else "there is no tokenizer.json in it"
+            raise ModelError(f"{source} has no tokenizer that can be loaded: {why}") from error
         if not tokenizer.chat_template:
             raise ModelError(
                 f"{source} has no chat template: use a chat (instruct) model, or set chat_template in its "

@@ -255,6 +255,12 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         CausalModel.load("nobody/nothing")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(tiny_llama: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=rf"{device}.* is not (a device|here)"):
+        CausalModel.load(tiny_llama, device=device)
+
+
 def test_pickled_weights_are_refused(tiny_any: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_any / "config.json").read_text())
     torch.save(load_file(tiny_any / "model.safetensors"), tmp_path / "pytorch_model.bin")
@@ -269,8 +275,9 @@ def test_damaged_files_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json cannot be read as JSON"):
         CausalModel.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "never-heard-of"}')
-    with pytest.raises(ModelError, match="not a config this release of transformers knows"):
+    with pytest.raises(ModelError, match="not a config this release of transformers knows") as unknown:
         CausalModel.load(tmp_path)
+    assert "never-heard-of" in str(unknown.value) and "\n" not in str(unknown.value)
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
     whole = (tiny_llama / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -107,8 +107,12 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tiny_llama: Path, tmp_pa
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(ModelError, match=r"no tokenizer that can be loaded: there is no tokenizer\.json in it$"):
         ChatTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"no tokenizer that can be loaded: .") as damaged:
+        ChatTokenizer.load(tmp_path)
+    assert "\n" not in str(damaged.value)
     with pytest.raises(ModelError, match=r"no model directory at .*nowhere"):
         ChatTokenizer.load(tmp_path / "nowhere")
 
