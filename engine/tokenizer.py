@@ -67,8 +67,9 @@ class ChatTokenizer:
 
         try:
             return self.hf.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=generation_prompt, return_dict=False
-            )
+                messages, tokenize=True, add_generation_prompt=generation_prompt, return_dict=False,
+                tokenizer_kwargs={"verbose": False},  # what is too long is refused by who knows the model
+            )  # fmt: skip
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -129,6 +130,16 @@ def test_a_conversation_that_the_template_refuses_is_a_value_error(tiny_llama: P
     strict.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="start with user"):
         ChatTokenizer.load(tmp_path).render([{"role": "system", "content": "Be brief."}])
+
+
+def test_what_is_too_long_for_the_model_is_rendered_without_a_warning(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = ChatTokenizer.load(tiny_llama)
+    tokenizer.hf.model_max_length = 8
+    assert len(tokenizer.render([{"role": "user", "content": "word " * 20}])) > 8
+    assert caplog.messages == []
 
 
 def test_a_tokenizer_that_is_all_in_its_file_is_what_the_auto_class_gives(tiny_llama: Path) -> None:
