@@ -120,6 +120,8 @@ def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return "the body is not valid JSON", None
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        return "the body must be a JSON object", None
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(path) or None
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -134,7 +136,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, ApiError):
             return error_response(error)
         status = 400 if error.status_code == 422 else error.status_code
-        text = {404: f"there is no {request.url.path}", 405: f"{request.method} is not offered here"}
+        text = {400: "the body cannot be read as JSON", 404: f"there is no {request.url.path}", 405: f"{request.method} is not offered here"}
         body = error_body(status, text.get(status, str(error.detail)))
         return JSONResponse(body, status, headers=dict(error.headers or {}))
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 MAX_N = 8
 MAX_MESSAGES = 1000
@@ -66,17 +74,24 @@ class TextPart(Wire):
     text: str
 
 
+def _parts(content: object) -> object:
+    """A string as its one part, so that what is wrong with a part is told of that part."""
+    if not isinstance(content, str | list):
+        raise ValueError("send a string, or a list of text parts")
+    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
+
+
 class Message(Wire):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = Field(None, description="accepted and ignored")
     refusal: None = None
 
     def plain(self) -> dict[str, str]:
         """`{"role", "content"}` as chat templates and the store know it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -88,6 +103,10 @@ class StreamOptions(Wire):
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def _as_list(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
 
 
 class ChatRequest(Body):
@@ -104,7 +123,10 @@ class ChatRequest(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: Annotated[
+        Annotated[list[StopString], Field(max_length=4)] | None,
+        BeforeValidator(_as_list, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=4)] | None),
+    ] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logprobs: bool | None = False
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
@@ -140,7 +162,7 @@ class ChatRequest(Body):
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(self.stop or ())
 
 
 def _same_number(value: object, allowed: object) -> bool:

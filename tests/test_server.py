@@ -151,12 +151,14 @@ def test_neutral_values_of_other_openai_fields_are_taken(client: httpx.Client) -
     ({"messages": "hello"}, "messages"),
     ({"messages": [{"role": "user", "content": "  "}]}, "empty"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type: Input should be 'text'"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content: send a string, or a list of text parts"),
     ({"messages": [{"role": "user"}]}, "content"),
     ({"temperature": -1}, "temperature"), ({"temperature": 2.1}, "temperature"),
     ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 65}, "max_tokens"), ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
-    ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
+    ({"stop": ["a"] * 5}, "stop: List should have at most 4 items"), ({"stop": ["a", ""]}, "stop.1: String should have at least 1"),
+    ({"stop": ""}, "stop.0: String should have at least 1"), ({"stop": 5}, "stop: Input should be a valid list"),
     ({"seed": 2**63}, "seed"), ({"seed": 1.5}, "seed"),
     ({"stream_options": {"include_usage": True}}, "stream"),
     ({"metadata": {"conversation_id": 5}}, "metadata"),
@@ -173,6 +175,15 @@ def test_bad_chat_input_is_refused_by_name(client: httpx.Client, fields: dict[st
 def test_a_body_that_is_no_request_is_a_400(client: httpx.Client, body: bytes) -> None:
     answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     error_of(answer, 400)
+
+
+@pytest.mark.parametrize(("body", "told"), [
+    (b"", "must be a JSON object"), (b"null", "must be a JSON object"), (b"[]", "must be a JSON object"),
+    (b'{"a": "\xff"}', "cannot be read as JSON"), (b"[" * 50000, "cannot be read as JSON"),
+])
+def test_what_is_wrong_with_a_body_is_told_of_the_body(client: httpx.Client, body: bytes, told: str) -> None:
+    answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert told in error_of(answer, 400)["message"]
 
 
 def test_a_prompt_too_long_for_the_model_is_refused_with_both_numbers(client: httpx.Client) -> None:
