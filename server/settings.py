@@ -125,6 +125,8 @@ def is_loopback(host: str) -> bool:
 def load_settings(**flags: Any) -> Settings:
     """Settings from flags (those not None), environment, toml and defaults. Raises `SettingsError` in one line."""
     given = {name: value for name, value in flags.items() if value is not None}
+    if (path := _toml_path()).is_dir() or ("PLAUDIT_CONFIG" in os.environ and not path.exists()):
+        raise SettingsError(f"there is no settings file at {path}")
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -132,7 +134,8 @@ def load_settings(**flags: Any) -> Settings:
         lines = []
         for e in error.errors():
             name = str(e["loc"][0]) if e["loc"] else "settings"
-            lines.append(f"{name} ({where.get(name, 'default')}): {e['msg'].removeprefix('Value error, ')}")
+            said = "there is no such setting" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, ")
+            lines.append(f"{name} ({where.get(name, 'default')}): {said}")
         raise SettingsError("; ".join(lines)) from None
     except (ValueError, OSError) as error:  # a toml that does not parse
         raise SettingsError(f"{_toml_path()}: {error}") from None

@@ -93,6 +93,19 @@ def test_what_cannot_be_done_is_one_line_and_status_2(tmp_path: Path, monkeypatc
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("content, told", [
+    ("prot = 1", "prot (plaudit.toml): there is no such setting"), ("port = [", "plaudit.toml"), (None, "no settings file at plaudit.toml"),
+])
+def test_a_settings_file_that_is_not_understood_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, told: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        monkeypatch.setenv("PLAUDIT_CONFIG", "plaudit.toml")
+    else:
+        (tmp_path / "plaudit.toml").write_text(content)
+    result = run("config")
+    assert result.exit_code == 2 and told in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
