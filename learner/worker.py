@@ -23,7 +23,7 @@ import structlog
 
 from learner.config import ConfigError, LearnerConfig
 from store.adapters import AdapterRegistry
-from store.errors import NoDatabase, StoreError
+from store.errors import DataDirUnwritable, NoDatabase, NotFound, StoreError
 from store.rounds import RoundFiles
 from store.store import Store
 
@@ -101,6 +101,7 @@ class Worker:
         from learner.round import Learner, close_unfinished
 
         torch.set_num_threads(self.config.threads)
+        check_writable(self.files.root)
         self.heartbeat.start()
         try:
             for n, state in close_unfinished(self.files, self.registry):
@@ -165,6 +166,17 @@ class Worker:
         log.info("round_ended", round=n, kind=result["kind"], state=result["state"], version=result["version"], seconds=round(time.monotonic() - began, 1))
 
 
+def check_writable(root: Path) -> None:
+    """Make the rounds' directory if need be. Raises DataDirUnwritable when nothing could be written there."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        allowed = os.access(root, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise DataDirUnwritable(f"cannot make {root} ({error.strerror}). Choose another --data-dir") from error
+    if not allowed:
+        raise DataDirUnwritable(f"cannot write to {root}. Give this user permission, or choose another --data-dir")
+
+
 def awaited(files: RoundFiles, store: Store, within_s: float) -> bool:
     """Whether the newest round published a version that the server has not yet taken in, less than `within_s` ago.
 
@@ -193,7 +205,7 @@ def progress_so_far(files: RoundFiles) -> tuple[int, int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code (0 stopped as asked, 1 failed, 2 wrong settings)."""
+    """The command line; returns the exit code (0 stopped as asked, 1 failed, 2 what a person must put right)."""
     args = parser().parse_args(argv)
     log_to_stderr()
     try:
@@ -207,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         print("plaudit learn: --set takes name=value, such as --set ppo.updates=10", file=sys.stderr)
         return 2
+    from engine.source import ModelError
+
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
@@ -215,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Worker(args.data_dir, args.model, config, args.parent_pid).run(once=args.once)
     except Stopped:
         return 0
+    except (ModelError, StoreError) as error:  # a person can mend these
+        print(f"plaudit learn: {first_line(error)}", file=sys.stderr)
+        return 2
     except Exception as error:
         traceback.print_exc()  # to the log; frames name code and lines, not what people wrote
         print(f"plaudit learn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
@@ -225,6 +242,8 @@ def replay(data_dir: Path, model: str, n: int) -> int:
     """Run round `n` again from its record, publish nothing, and print whether the same came out."""
     from learner.round import replay_round
 
+    if n not in RoundFiles(data_dir / "rounds").finished():
+        raise NotFound(f"there is no finished round {n} in {data_dir / 'rounds'}")
     outcome = replay_round(data_dir, model, n)
     print(json.dumps(outcome, indent=2))
     return 0 if outcome["same"] else 1

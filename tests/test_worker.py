@@ -203,8 +203,24 @@ def test_it_ends_when_its_parent_is_gone(tmp_path: Path, tiny_llama: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_there_is_one_line_and_exit_1(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> None:
     with worker(tmp_path, tmp_path / "nothing", FAST) as child:
-        assert child.wait(timeout=60) == 1
-    last = (tmp_path / "learner.log").read_text().splitlines()[-1]
-    assert last.startswith("plaudit learn: ModelError:") and "nothing" in last
+        assert child.wait(timeout=60) == 2
+    log = (tmp_path / "learner.log").read_text()
+    assert log.splitlines()[-1].startswith("plaudit learn: no model directory") and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_directory_that_cannot_be_written_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "rounds").write_text("a file, where a directory should be")
+    with worker(tmp_path, tmp_path / "nothing", FAST) as child:
+        assert child.wait(timeout=60) == 2
+    told = (tmp_path / "learner.log").read_text()
+    assert told.startswith("plaudit learn: cannot make") and told.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_round_that_is_not_there_cannot_be_replayed(tmp_path: Path) -> None:
+    with worker(tmp_path, tmp_path / "nothing", FAST, "--replay", "9") as child:
+        assert child.wait(timeout=60) == 2
+    assert "no finished round 9" in (tmp_path / "learner.log").read_text()
