@@ -83,6 +83,8 @@ def connect_writer(data_dir: Path) -> Database:
     path = data_dir / FILE
     fresh = not path.exists()
     with plain_errors(data_dir):
+        if fresh:  # before SQLite makes it: its log takes the file's mode, and both hold people's words
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         db = Database(connection)
         settings = durability()
@@ -97,7 +99,6 @@ def connect_writer(data_dir: Path) -> Database:
             raise DatabaseTooNew(f"{path} was made by a newer Plaudit (it has {newer[-1]}). Update Plaudit, or choose another --data-dir")
         migrations.apply(db)
     if fresh:
-        os.chmod(path, 0o600)
         fsync_dir(data_dir)
     return db
 
@@ -128,6 +129,8 @@ def plain_errors(data_dir: Path) -> Iterator[None]:
             raise DiskFull(f"no room on the disk that holds {data_dir}; nothing was written") from error
         if "readonly" in said or "unable to open" in said:
             raise DataDirUnwritable(f"cannot open the database in {data_dir} ({said})") from error
+        if "disk I/O error" in said:
+            raise StoreError(f"the disk that holds {data_dir} is full or fails ({said})") from error
         if "locked" in said or "busy" in said:
             raise StoreError(f"the database in {data_dir} was busy for {BUSY_TIMEOUT_S:.0f} s; try again") from error
         raise

@@ -294,6 +294,17 @@ def test_a_full_disk_and_a_damaged_file_have_plain_errors(tmp_path: Path) -> Non
     Store.open(tmp_path).close()  # the failed open gave the lock back
 
 
+def test_nobody_else_on_the_machine_reads_what_people_wrote(store: Store) -> None:
+    ask(store, "hello")
+    files = list(store.data_dir.glob("plaudit.db*"))
+    assert files and {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_a_disk_that_fails_under_sqlite_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is full or fails"), plain_errors(tmp_path):
+        raise sqlite3.OperationalError("disk I/O error")
+
+
 def test_a_full_disk_refuses_a_write_whole(store: Store) -> None:
     """SQLite's own page limit stands in for the disk: the same error, from the same place."""
     made = ask(store, "hello")
