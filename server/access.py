@@ -27,7 +27,7 @@ async def user(request: Request) -> Identity:
     if len(runtime.keyring):
         identity = await _by_key(request, runtime)
     elif not runtime.settings.loopback:
-        raise ApiError(401, "this server needs a key and has none left; its operator makes one with `plaudit keys create`")
+        raise ApiError(401, "this server needs a key and has none left; its operator makes one with `plaudit keys add`")
     else:
         if foreign_page(request.headers.get("host"), request.headers.get("origin")):
             raise ApiError(403, "without keys only this machine's own pages and programs may ask; make keys to open it")

@@ -55,6 +55,15 @@ def test_every_command_is_in_the_readme() -> None:
         assert re.search(rf"\b{command[0]}\b", readme), f"the README does not mention `plaudit {command[0]}`"
 
 
+def test_every_command_that_a_message_advises_exists() -> None:
+    there = {" ".join(command) for command in commands()}
+    groups = {command.split()[0] for command in there if " " in command}
+    for file in (ROOT / "plaudit.py", *(path for part in ("engine", "learner", "server", "store", "ui") for path in (ROOT / part).rglob("*.py"))):
+        for first, second in re.findall(r"`plaudit ([a-z]+)(?: ([a-z]+))?", file.read_text("utf-8")):
+            advised = f"{first} {second}" if first in groups and second else first
+            assert advised in there, f"{file.name} advises `plaudit {advised}`"
+
+
 def test_serve_has_a_flag_for_every_setting() -> None:
     text = plain(run("serve", "--help").output)
     for name in Settings.model_fields:
