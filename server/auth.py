@@ -12,7 +12,6 @@ import hmac
 import json
 import os
 import secrets
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from argon2.exceptions import Argon2Error, InvalidHashError
 
 from server.errors import StartupError
 from server.settings import Settings, is_loopback
+from store.files import write_json
 
 Role = Literal["user", "operator"]
 PREFIX = "plaudit"
@@ -131,21 +131,15 @@ class Keyring:
             keys: dict[str, Key] = {}
             if stamp is not None:
                 try:
-                    rows = json.loads(self.path.read_text())["keys"]
+                    rows = json.loads(self.path.read_text(encoding="utf-8"))["keys"]
                     keys = {row["id"]: Key(**row) for row in rows}
                 except (ValueError, KeyError, TypeError) as error:
                     raise StartupError(f"{self.path} is damaged: {error}. Restore it, or move it away") from error
             self._keys, self._stamp, self._verified = keys, stamp, {}
 
     def _write(self, keys: dict[str, Key]) -> None:
-        text = json.dumps({"keys": [asdict(key) for key in keys.values()]}, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".keys-")  # mode 0600
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_json(self.path, {"keys": [asdict(key) for key in keys.values()]})  # mode 0600
         with self._lock:
             self._stamp = None
         self._read()

@@ -101,6 +101,9 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(507, "the server's disk is full; nothing was recorded. Free space and try again")
     if isinstance(error, NotFound):
         return ApiError(404, str(error))
+    if isinstance(error, StartupError):  # keys.json, damaged since: nobody is let in on what it may have said
+        log.error("cannot_read", reason=str(error))
+        return ApiError(503, "the server's settings are damaged; its log says which", retry_after_s=60)
     if isinstance(error, StoreError):
         log.error("store_error", kind=type(error).__name__)
         return ApiError(503, "the database could not answer; try again", retry_after_s=1)
@@ -150,6 +153,6 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    for kind in (StoreError, sqlite3.Error, OSError):  # typed, so that Starlette does not re-raise them as it does a 500
+    for kind in (StartupError, StoreError, sqlite3.Error, OSError):  # typed, so that Starlette does not re-raise them as it does a 500
         app.add_exception_handler(kind, on_any)
     app.add_exception_handler(Exception, on_any)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from server.auth import Keyring, VoterHash, check_bind, foreign_page
 from server.errors import StartupError
 from server.settings import Settings, SettingsError, explain, is_loopback, load_settings
+from store.errors import DiskFull
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,19 @@ def test_a_key_made_or_revoked_by_another_process_counts_at_once(tmp_path: Path)
     assert found is not None
     assert cli.revoke(found.id) and not cli.revoke(found.id)
     assert server.find(key) is None
+
+
+def test_a_full_disk_leaves_the_keys_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Keyring(tmp_path)
+    key = ring.create("user", "ana")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="nothing was written"):
+        ring.create("user", "ben")
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.json"] and ring.find(key) is not None
 
 
 def test_a_damaged_key_file_stops_the_start_with_its_name(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from server.auth import Keyring
 from server.chat import _event
 from server.errors import StartupError
 from server.runtime import Runtime
@@ -405,6 +406,17 @@ def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
             assert len(op.get("/v1/conversations").json()["data"]) == 1
             assert op.delete(f"/v1/conversations/{made['conversation_id']}").status_code == 200
         assert "ana" not in {c.voter for c in running.runtime.store.conversations()}
+
+
+def test_keys_damaged_while_the_server_runs_let_nobody_in_and_are_told_in_the_log(
+    tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        key = Keyring(tmp_path).create("operator", "ann")
+        (tmp_path / "keys.json").write_text("{")
+        assert "log" in error_of(c.get("/v1/models", headers={"Authorization": f"Bearer {key}"}), 503)["message"]
+        assert c.get("/healthz").status_code == 200
+    assert "keys.json is damaged" in capfd.readouterr().err
 
 
 def test_over_quota_is_a_429_that_says_when(tiny_llama: Path, tmp_path: Path) -> None:
