@@ -660,8 +660,9 @@ def doctor(data_dir: DataDir = None) -> None:
     import torch
 
     from server.auth import Keyring
+    from server.errors import StartupError
     from server.settings import STARTER
-    from store import AdapterRegistry, CorruptAdapter, Store, StoreError, durability
+    from store import AdapterRegistry, CorruptAdapter, NoDatabase, Store, StoreError, durability
 
     bad = 0
 
@@ -683,22 +684,32 @@ def doctor(data_dir: DataDir = None) -> None:
     row(starter_there, "starter model", STARTER if starter_there else f"missing from {STARTER}: make it with `plaudit starter`")
     directory = settings.data_dir
     if not directory.exists():
-        row(os.access(directory.resolve().parent, os.W_OK), "data directory", f"{directory} is not there yet; `plaudit serve` makes it")
+        above = next(path for path in directory.absolute().parents if path.exists())
+        allowed = os.access(above, os.W_OK)
+        row(allowed, "data directory", f"{directory} is not there yet; " + ("`plaudit serve` makes it" if allowed else f"{above} cannot be written"))
         raise SystemExit(int(bad > 0))
-    row(os.access(directory, os.W_OK), "data directory", directory)
+    allowed = os.access(directory, os.W_OK)
+    row(allowed, "data directory", directory if allowed else f"{directory} cannot be written: give this user permission")
     try:
         with contextlib.closing(Store.open(directory, read_only=True)) as store:
             row(True, "votes", store.vote_counts().standing)
             row(store.verify_audit(), "audit log", "every entry hangs on the one before")
+    except NoDatabase as error:
+        row(True, "database", error)
     except StoreError as error:
         row(False, "database", error)
     registry = AdapterRegistry(directory / "adapters")
-    for name in registry.versions():
-        try:
-            row(True, name, f"digest {registry.verify(name).sha256[:12]} holds")
-        except CorruptAdapter as error:
-            row(False, name, error)
-    row(True, "keys", f"{len(Keyring(directory))} (none are needed on loopback)")
+    try:
+        for name in registry.versions():
+            try:
+                row(True, name, f"digest {registry.verify(name).sha256[:12]} holds")
+            except CorruptAdapter as error:
+                row(False, name, error)
+        row(True, "keys", f"{len(Keyring(directory))} (none are needed on loopback)")
+    except StartupError as error:
+        row(False, "keys", error)
+    except OSError as error:
+        row(False, "files", f"{error.filename}: {error.strerror}")
     raise SystemExit(int(bad > 0))
 
 

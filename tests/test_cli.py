@@ -171,6 +171,22 @@ def test_doctor_finds_a_corrupt_adapter(tmp_path: Path) -> None:
     assert ill.exit_code == 1 and "adapter_config.json is not what was published" in plain(ill.output)
 
 
+def test_doctor_tells_a_data_directory_before_its_first_start_from_one_with_damaged_files(tmp_path: Path) -> None:
+    run("keys", "add", "ann", "--data-dir", str(tmp_path))
+    young = run("doctor", "--data-dir", str(tmp_path))
+    assert young.exit_code == 0 and "no database" in plain(young.output) and "keys: 1" in plain(young.output)
+    (tmp_path / "keys.json").write_text("{")
+    ill = run("doctor", "--data-dir", str(tmp_path))
+    assert ill.exit_code == 1 and "BAD keys" in plain(ill.output) and "keys.json is damaged" in plain(ill.output)
+    (tmp_path / "adapters").write_text("a file, where a directory should be")
+    ill = run("doctor", "--data-dir", str(tmp_path))
+    assert ill.exit_code == 1 and "adapters: Not a directory" in plain(ill.output)
+
+
+def test_doctor_looks_above_a_data_directory_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert "`plaudit serve` makes it" in plain(run("doctor", "--data-dir", str(tmp_path / "a" / "b")).output)
+
+
 def test_what_is_kept_for_good_is_not_collected_and_the_rest_is() -> None:
     class Knot:
         pass
