@@ -82,6 +82,8 @@ class Runtime:
         """
         store = Store.open(settings.data_dir)
         try:
+            AdapterRegistry(settings.data_dir / "adapters").versions()  # what cannot be read is told now, in one line
+            RoundFiles(settings.data_dir / "rounds").all()
             keyring = Keyring(settings.data_dir)
             check_bind(settings, keyring)
             tokenizer = ChatTokenizer.load(settings.model)

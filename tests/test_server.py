@@ -21,6 +21,7 @@ from server.chat import _event
 from server.errors import StartupError
 from server.runtime import Runtime
 from store.errors import DataDirInUse
+from store.store import Store
 from tests.serving import HELLO, Served, ask, served, settings_for
 
 
@@ -529,6 +530,16 @@ def test_a_data_directory_in_use_and_a_model_that_is_not_there_are_told_in_one_l
     with pytest.raises(StartupError, match="without keys"):
         Runtime.open(settings_for(tmp_path / "b", tiny_llama, host="0.0.0.0"))
     Runtime.open(settings_for(tmp_path / "a", tiny_llama)).store.close()  # the lock was given back
+
+
+@pytest.mark.parametrize("name", ["adapters", "rounds"])
+def test_a_directory_that_cannot_be_read_ends_the_start_before_the_model_is_loaded(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a file, where a directory should be")
+    with pytest.raises(NotADirectoryError) as refused:  # `plaudit serve` tells it in one line
+        Runtime.open(settings_for(tmp_path, tmp_path / "no-model"))
+    assert Path(refused.value.filename) == tmp_path / name
+    (tmp_path / name).unlink()
+    Store.open(tmp_path).close()  # the lock was given back
 
 
 def test_a_disk_that_is_full_is_a_507_and_serving_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
