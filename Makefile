@@ -18,7 +18,7 @@ venv: .venv/.done      ## build .venv with the pinned dependencies
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Plaudit needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
-	  { echo "could not make .venv: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	  { rm -rf .venv; echo "could not make .venv: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -185,6 +186,18 @@ def test_doctor_tells_a_data_directory_before_its_first_start_from_one_with_dama
 
 def test_doctor_looks_above_a_data_directory_that_is_not_there_yet(tmp_path: Path) -> None:
     assert "`plaudit serve` makes it" in plain(run("doctor", "--data-dir", str(tmp_path / "a" / "b")).output)
+
+
+def test_make_says_what_is_missing_again_after_a_venv_that_failed_half_way(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"  # Debian's without python3-venv: it leaves a .venv without pip
+    python.write_text('#!/bin/sh\n[ "$2" != venv ] || { mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 1; }\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        done = subprocess.run(["make", "venv", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode and "apt install python3-venv" in done.stdout
 
 
 def test_what_is_kept_for_good_is_not_collected_and_the_rest_is() -> None:
