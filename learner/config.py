@@ -71,12 +71,12 @@ class PPOConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coef: float = 1.0  # beta at the start and at least, in units of the price at which a tilt lies kl_target away (`ppo.kl_price`)
+    kl_coef: float = 0.6  # beta at the start and at least, in units of the price at which a tilt lies kl_target away (`ppo.kl_price`)
     kl_target: float = 4.5  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
-    kl_ceiling: float = 1.35  # times kl_target: over it, the run goes back to the last state under it
-    back_offs: int = 3  # how often it goes on from there, with half the step and twice the KL price, before it ends
+    kl_ceiling: float = 1.5  # times kl_target: over it, the run goes back to the last state under it
+    back_offs: int = 3  # how often it goes on from there, with half the step, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
     broken_penalty: float = 16.0  # reward of a fault that `learner/text_checks.py` finds, at the token where it shows

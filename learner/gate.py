@@ -269,14 +269,11 @@ def mean_interval(x: Tensor, confidence: float = 0.9) -> tuple[float, float, flo
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
-@torch.no_grad()
 def reply_kl(model: CausalModel, batch: Trajectories, adapter: str, reference: str | None, temperature: float) -> Tensor:
-    """(B,) nats: log p - log q of each whole reply sampled from `adapter`; its mean estimates KL(adapter, reference)."""
+    """(B,) nats of each reply sampled from `adapter`, by `rollout.reply_divergence`; the mean estimates KL(adapter, reference)."""
     total = torch.zeros(len(batch))
     for rows in rollout.chunks(batch, range(len(batch)), CHUNK_TOKENS):
-        own, _ = rollout.reply_logprobs(model, batch, rows, adapter, temperature)
-        other, _ = rollout.reply_logprobs(model, batch, rows, reference, temperature)
-        total[rows.cpu()] = (own - other).sum(1).cpu()
+        total[rows.cpu()] = rollout.reply_divergence(model, batch, rows, adapter, reference, temperature).kl.sum(1).cpu()
     return total
 
 
@@ -310,7 +307,7 @@ def probe_logprobs(
     )  # fmt: skip
     mean = torch.zeros(len(pairs))
     for rows in rollout.chunks(batch, range(len(pairs)), CHUNK_TOKENS):
-        logprobs, _ = rollout.reply_logprobs(model, batch, rows, adapter, 1.0)
+        logprobs = rollout.reply_logprobs(model, batch, rows, adapter, 1.0)
         mean[rows.cpu()] = (logprobs.sum(1) / batch.lengths[rows]).cpu()
     return mean.view(n, OTHERS + 1)
 

@@ -17,11 +17,12 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.engine import BASE, Engine
 from engine.features import reply_features
@@ -91,23 +92,27 @@ def kl_warranted(config: PPOConfig, votes: int) -> float:
 
 
 class Scorer:
-    """Ensemble scores in comparable units: each member has mean 0 and within-prompt deviation 1 on the reference's replies.
+    """How sure each member is that people prefer a reply to a typical one of the reference's: log sigmoid(score - typical).
 
-    Bradley-Terry leaves every member its own offset and scale, so members may not be compared before this.
+    The sigmoid is Bradley-Terry's own, so what is already liked earns little more, and a policy gains by mending its worst replies
+    and not by outdoing its best (Wang et al. 2024, "Transforming and Combining Rewards for Aligning Large Language Models"; there
+    typical is a quantile of each prompt's). In deviations of the reference's replies to one prompt, so that members count alike.
     """
 
     def __init__(self, reward: RewardModel, reference: Trajectories) -> None:
         self.reward = reward
         raw = self._raw(reference)  # (B, members)
-        grouped = raw.view(-1, reference.group, raw.shape[1])
-        self.mean = raw.mean(0)
+        self.typical = raw.mean(0)
+        liked = F.logsigmoid(raw - self.typical)
+        self.mean = liked.mean(0)
+        grouped = liked.view(-1, reference.group, raw.shape[1])
         inner = grouped - grouped.mean(1, keepdim=True) if reference.group > 1 else grouped - self.mean
         freedom = max(1, len(raw) - (len(grouped) if reference.group > 1 else 1))
         self.std = ((inner**2).sum((0, 1)) / freedom).sqrt().clamp(min=1e-4)
 
     def __call__(self, batch: Trajectories) -> Tensor:
-        """(B, members), in deviations of the reference's replies."""
-        return (self._raw(batch) - self.mean) / self.std
+        """(B, members), in deviations of the reference's replies; their mean is 0."""
+        return (F.logsigmoid(self._raw(batch) - self.typical) - self.mean) / self.std
 
     def _raw(self, batch: Trajectories) -> Tensor:
         scores = self.reward.score(batch.prompts, batch.completions)
@@ -117,7 +122,10 @@ class Scorer:
 
 
 class Value(nn.Module):
-    """V of every reply position, in the scorer's units: starts as what one reward member says of the reply up to there."""
+    """V of every reply position, in the scorer's units: starts as what one reward member says of the reply up to there.
+
+    The scorer's log sigmoid is taken to first order there, log sigmoid(x) = x / 2 - log 2, so that V is linear in the head.
+    """
 
     def __init__(self, model: CausalModel, reward: RewardModel, scorer: Scorer) -> None:
         super().__init__()
@@ -129,8 +137,8 @@ class Value(nn.Module):
         self.model = [model]  # in a list, so that its parameters are not this module's
         self.head = nn.Linear(member.head.in_features, 1).to(model.device)
         with torch.no_grad():
-            self.head.weight.copy_(member.head.weight / scorer.std[0])
-            self.head.bias.copy_((member.head.bias - scorer.mean[0]) / scorer.std[0])
+            self.head.weight.copy_(member.head.weight / 2 / scorer.std[0])
+            self.head.bias.copy_(((member.head.bias - scorer.typical[0]) / 2 - math.log(2) - scorer.mean[0]) / scorer.std[0])
 
     def forward(self, batch: Trajectories, rows: Tensor) -> Tensor:
         """(n, R'): the value before each reply token is chosen."""
@@ -175,7 +183,7 @@ class Mixed:
     def loss(self, policy: str, rng: random.Random) -> Tensor:
         """-E[log pi(y|x)] in nats a token, over some of the replies."""
         rows = torch.tensor(rng.sample(range(len(self.batch)), self.chosen), device=self.model.device)
-        logprobs, _ = rollout.reply_logprobs(self.model, self.batch, rows, policy, 1.0)
+        logprobs = rollout.reply_logprobs(self.model, self.batch, rows, policy, 1.0)
         return -masked_mean(logprobs, self.batch.mask[rows, : logprobs.shape[1]])
 
 
@@ -227,21 +235,18 @@ def train_ppo(
         except FloatingPointError as error:
             raise PPOError(str(error)) from error
 
-    def distance(batch: Trajectories) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, R) each: the policy's log-probabilities and its KL from the reference, by the training pass; its entropy. Nats."""
-        rows = range(len(batch))
-        with torch.no_grad():
-            own, entropy = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, policy, config.temperature))
-            ref, _ = over(batch, rows, config, lambda r: rollout.reply_logprobs(model, batch, r, reference, config.temperature))
-        kl = kl_k1(own, ref)
-        if not bool(kl.isfinite().all()):
+    def distance(batch: Trajectories) -> rollout.Divergence:
+        """The policy against the reference on the policy's replies, by the training pass; (B, R) each."""
+        parts = over(batch, range(len(batch)), config, lambda r: astuple(rollout.reply_divergence(model, batch, r, policy, reference, config.temperature)))
+        found = rollout.Divergence(*parts)
+        if not bool(found.kl.isfinite().all()):
             raise PPOError("the KL divergence from the reference is not a finite number")
-        return own, kl, entropy
+        return found
 
     asked = next(draw)
     unit, note = sample(reference or BASE, asked, 0), None
     begin(model, policy, start, config, seed)
-    if start not in (None, reference) and (far := float(distance(sample(policy, asked, 0))[1].sum(1).mean())) > ceiling:
+    if start not in (None, reference) and (far := float(distance(sample(policy, asked, 0)).kl.sum(1).mean())) > ceiling:
         note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
         model.lora.delete(policy)
         begin(model, policy, reference, config, seed)
@@ -272,8 +277,9 @@ def train_ppo(
             batch = sample(policy, next(draw), update + 1)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
-            old, kl, entropy = distance(batch)  # (B, R) nats
-            kl_reply = float(kl.sum(1).mean())
+            apart = distance(batch)
+            old, kl = apart.logprobs, kl_k1(apart.logprobs, apart.ref_logprobs)  # (B, R) nats
+            kl_reply = float(apart.kl.sum(1).mean())
 
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members = scorer(batch)  # (B, members)
@@ -283,7 +289,7 @@ def train_ppo(
             scores = (members.mean(1) - config.uncertainty * spread).to(old.device) - config.missing_eos_penalty * batch.cut
             row: dict[str, Any] = {
                 "update": update, "score": float(members.mean()), "disagreement": float(spread.mean()), "reward": float((scores + broken.sum(1)).mean()),
-                "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(entropy, batch.mask)),
+                "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(apart.entropy, batch.mask)),
                 "length": float(batch.lengths.float().mean()), "cut": float(batch.cut.float().mean()),
                 "broken": broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)), "distinct2": distinct_n(batch.texts, 2),
                 "engine_gap": float((batch.engine_logprobs - old).abs().max()),
@@ -291,7 +297,7 @@ def train_ppo(
             if judge is not None and (update % config.judge_every == 0 or final):
                 row["judges"] = float(judge(batch).mean())
 
-            # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at twice the
+            # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at a higher
             # price. Parted from the held-out members: stop.
             if kl_reply > ceiling and update > 0:
                 history.append(row | {"seconds": time.monotonic() - lap})
@@ -301,7 +307,7 @@ def train_ppo(
                     break
                 backed_off += 1
                 peak = [top / 2 for top in peak]
-                controller.beta *= 2
+                controller.update(kl_reply, len(batch))
                 optimizer.state.clear()  # its momentum points over the ceiling
                 continue
             parted = "judges" in row and judged.parted(row["judges"])
@@ -393,7 +399,7 @@ def learn(
             figures: dict[str, float] = {}
             optimizer.zero_grad()
             for chunk in rollout.chunks(batch, part, config.chunk_tokens):
-                new, _ = rollout.reply_logprobs(model, batch, chunk, policy, config.temperature)
+                new = rollout.reply_logprobs(model, batch, chunk, policy, config.temperature)
                 mask = batch.mask[chunk, : new.shape[1]]
                 share = mask.sum() / tokens  # chunk means add up to the minibatch's mean over tokens
                 cols = slice(0, new.shape[1])

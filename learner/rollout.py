@@ -150,20 +150,58 @@ def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter:
     return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
-def reply_logprobs(
+def reply_logits(
     model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each reply token and the entropy of its distribution: (n, R') nats each, 0 outside the mask.
-
-    Both under the full softmax of logits / temperature, as the engine samples. The entropy carries no gradient.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits / temperature (N, V) of the real reply tokens of `rows`, those tokens (N,), and where they lie: (n, R') bool."""
     hidden = reply_hidden(model, batch, rows, adapter)
     mask = batch.mask[rows, : hidden.shape[1]]
-    logits = model.logits(hidden[mask]) / temperature  # (N, V), real tokens only
-    tokens = batch.tokens[rows, : hidden.shape[1]][mask]
-    chosen = -F.cross_entropy(logits, tokens, reduction="none")
-    with torch.no_grad():
-        every = logits.log_softmax(-1)
-        spread = -(every.exp() * every).sum(-1)
-    logprobs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, chosen)
-    return logprobs, torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, spread)
+    return model.logits(hidden[mask]) / temperature, batch.tokens[rows, : hidden.shape[1]][mask], mask
+
+
+def reply_logprobs(
+    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float
+) -> Tensor:
+    """Log-probability of each reply token under the full softmax of logits / temperature, as the engine samples.
+
+    (n, R') nats, 0 outside the mask.
+    """
+    logits, tokens, mask = reply_logits(model, batch, rows, adapter, temperature)
+    return laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none"))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Two policies on the replies of one of them; each (n, R') nats, 0 outside the mask."""
+
+    logprobs: Tensor  # of the sampled tokens, under the policy
+    ref_logprobs: Tensor  # and under the reference
+    entropy: Tensor  # of the policy where each token was chosen
+    kl: Tensor  # KL(policy, reference) where each token was chosen, summed over the whole vocabulary
+
+
+@torch.no_grad()
+def reply_divergence(
+    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, reference: str | None, temperature: float
+) -> Divergence:
+    """How `adapter`, which sampled the replies, differs from `reference` at each of their tokens.
+
+    A reply's sum of `kl` has the mean of its sum of log p - log q, the KL of whole replies, with less noise: what the tokens
+    drawn add to it is averaged out (Rao-Blackwell; Amini et al. 2025, "Better Estimation of the KL Divergence").
+    """
+    logits, tokens, mask = reply_logits(model, batch, rows, adapter, temperature)
+    ref, _, _ = reply_logits(model, batch, rows, reference, temperature)
+    entropy, kl = torch.zeros(len(tokens), device=tokens.device), torch.zeros(len(tokens), device=tokens.device)
+    for part in torch.arange(len(tokens), device=tokens.device).split(256):  # a vocabulary may be large
+        p, q = logits[part].log_softmax(-1), ref[part].log_softmax(-1)
+        entropy[part] = -(p.exp() * p).sum(-1)
+        kl[part] = (p.exp() * (p - q)).sum(-1)
+    return Divergence(
+        laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none")), laid_out(mask, -F.cross_entropy(ref, tokens, reduction="none")),
+        laid_out(mask, entropy), laid_out(mask, kl),
+    )  # fmt: skip
+
+
+def laid_out(mask: Tensor, values: Tensor) -> Tensor:
+    """`values` (N,), one a True of `mask` (n, R'), where it is True; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)

@@ -134,7 +134,7 @@ class Echo:
 def test_log_probabilities_at_a_temperature_the_clipped_policy_loss_and_its_gradient_equal_trls(name: str) -> None:
     run, out, settings = run_of_trl(name)
     batch, logits = as_sampled(run), run["logits"].requires_grad_()
-    new, _ = rollout.reply_logprobs(Echo(batch, logits), batch, torch.arange(len(batch)), None, settings["temperature"])  # type: ignore[arg-type]
+    new = rollout.reply_logprobs(Echo(batch, logits), batch, torch.arange(len(batch)), None, settings["temperature"])  # type: ignore[arg-type]
     equal(new[batch.mask], out["new_logprobs"][batch.mask])
     ours = policy_loss(new, run["old_logprobs"], out["advantages"], batch.mask, settings["cliprange"])
     equal(ours.loss, out["policy_loss"])

@@ -140,7 +140,7 @@ def oracle_logprobs(case: Case, temperature: float) -> list[torch.Tensor]:
 
 def test_what_is_trained_is_each_sampled_tokens_log_probability_in_an_unpadded_row(case: Case) -> None:
     with torch.no_grad():
-        ours, _ = reply_logprobs(case.model, case.batch, torch.arange(len(case.batch)), None, TEMPERATURE)
+        ours = reply_logprobs(case.model, case.batch, torch.arange(len(case.batch)), None, TEMPERATURE)
     for row, expected in zip(ours, oracle_logprobs(case, TEMPERATURE), strict=True):
         torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=2e-4)
         assert (row[len(expected) :] == 0).all()
@@ -151,8 +151,8 @@ def test_the_engine_and_the_training_pass_mean_the_same_temperature(case: Case, 
     """docs/design.md: temperature on both sides. Softmax of logits / T where tokens are drawn and where they are learned."""
     batch = sample(case.engine, case.prompts, version="base", group=2, max_tokens=TOKENS, temperature=temperature, seed=7)
     with torch.no_grad():
-        ours, _ = reply_logprobs(case.model, batch, torch.arange(len(batch)), None, temperature)
-        other, _ = reply_logprobs(case.model, batch, torch.arange(len(batch)), None, 1.3 * temperature)
+        ours = reply_logprobs(case.model, batch, torch.arange(len(batch)), None, temperature)
+        other = reply_logprobs(case.model, batch, torch.arange(len(batch)), None, 1.3 * temperature)
     expected = oracle_logprobs(replace(case, batch=batch), temperature)
     for i, row in enumerate(expected):
         torch.testing.assert_close(batch.engine_logprobs[i, : len(row)], row, rtol=0, atol=5e-4)
@@ -181,8 +181,8 @@ def test_what_lies_in_the_padding_changes_nothing(case: Case) -> None:
     junk = torch.randint(5, 400, case.batch.ids.shape, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(len(case.batch))
     with torch.no_grad():
-        clean, _ = reply_logprobs(case.model, case.batch, rows, None, 1.0)
-        dirty, _ = reply_logprobs(case.model, replace(case.batch, ids=torch.where(case.batch.valid, case.batch.ids, junk)), rows, None, 1.0)
+        clean = reply_logprobs(case.model, case.batch, rows, None, 1.0)
+        dirty = reply_logprobs(case.model, replace(case.batch, ids=torch.where(case.batch.valid, case.batch.ids, junk)), rows, None, 1.0)
     assert not case.batch.valid.all() and torch.equal(clean, dirty)
 
 
@@ -250,5 +250,5 @@ def test_a_pad_that_the_embedding_has_no_row_for_is_replaced_by_an_end_token(tin
     engine = Engine(model, ChatTokenizer.load(directory), max_sequences=4)
     batch = sample(engine, [[5, 6, 7], [8] * 9], version="base", group=2, max_tokens=4, temperature=1.0, seed=0)
     with torch.no_grad():
-        ours, _ = reply_logprobs(model, batch, torch.arange(4), None, 1.0)
+        ours = reply_logprobs(model, batch, torch.arange(4), None, 1.0)
     assert model.pad_id == 1 and not batch.valid.all() and (ours - batch.engine_logprobs).abs().max() < 1e-4

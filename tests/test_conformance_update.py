@@ -136,8 +136,8 @@ class Watched:
         monkeypatch.setattr(ppo, "learn", watched_update)
 
 
-def by_transformers(directory: Path, adapter: Path | None, batch: Trajectories, temperature: float) -> list[list[float]]:
-    """Log-probability of each reply token, a row at a time, no padding."""
+def by_transformers(directory: Path, adapter: Path | None, batch: Trajectories, temperature: float) -> list[Tensor]:
+    """Log-probabilities of the whole vocabulary where each reply token was chosen, (R, V) a row, no padding."""
     oracle: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     if adapter:
         oracle = peft.PeftModel.from_pretrained(oracle, adapter)
@@ -145,13 +145,22 @@ def by_transformers(directory: Path, adapter: Path | None, batch: Trajectories, 
     for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
         with torch.no_grad():
             logits = oracle.eval()(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].double()
-        rows.append((logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist())
+        rows.append((logits / temperature).log_softmax(-1))
     return rows
 
 
+def chosen(batch: Trajectories, rows: Sequence[Tensor]) -> list[list[float]]:
+    """Of `by_transformers`, those of the tokens that were sampled."""
+    return [row.gather(1, torch.tensor(own)[:, None])[:, 0].tolist() for row, own in zip(rows, batch.completions, strict=True)]
+
+
 def scores_by_hand(config: PPOConfig, unit: Trajectories, batch: Trajectories) -> list[float]:
-    """mean - uncertainty * deviation over the members, each in deviations of the reference's replies, less the penalties."""
+    """mean - uncertainty * deviation over the members, each in deviations of the reference's replies, less the penalties.
+
+    A member says log sigmoid(score - the reference's mean score).
+    """
     raw, base = (np.array([planted(c) for c in b.completions]) for b in (batch, unit))
+    raw, base = (-np.log1p(np.exp(base.mean(0) - x)) for x in (raw, base))
     groups = base.reshape(-1, config.replies_per_prompt, 2)
     within = ((groups - groups.mean(1, keepdims=True)) ** 2).sum((0, 1)) / (len(base) - len(groups))
     members = (raw - base.mean(0)) / np.sqrt(within)
@@ -213,11 +222,12 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     for update, given in enumerate(watched.given):
         batch = given["batch"]
         assert batch is watched.batches[2 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
-        logprobs = by_transformers(tiny_llama, tmp_path / str(update), batch, config.temperature)
-        ref = by_transformers(tiny_llama, tmp_path / "reference", batch, config.temperature)
+        every = by_transformers(tiny_llama, tmp_path / str(update), batch, config.temperature)
+        every_ref = by_transformers(tiny_llama, tmp_path / "reference", batch, config.temperature)
+        logprobs, ref = chosen(batch, every), chosen(batch, every_ref)
         close(given["old"], logprobs)
         kl = [[p - q for p, q in zip(*rows, strict=True)] for rows in zip(logprobs, ref, strict=True)]
-        mean_kl = sum(map(sum, kl)) / len(kl)
+        mean_kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(every, every_ref, strict=True)) / len(batch)
         assert result.history[update]["kl"] == pytest.approx(mean_kl, abs=2e-3) and abs(mean_kl) > 0.05
         assert result.history[update]["kl_coef"] == pytest.approx(beta, rel=1e-4)
         scores = scores_by_hand(config, unit, batch)
@@ -250,7 +260,7 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
     value = Value(model, reward, Scorer(reward, batch))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        new, _ = rollout.reply_logprobs(model, batch, torch.arange(20), "p", 0.7)
+        new = rollout.reply_logprobs(model, batch, torch.arange(20), "p", 0.7)
         old = torch.where(batch.mask, new + 0.3 * torch.randn(new.shape, generator=draw), 0.0)
         old_values = torch.where(batch.mask, value(batch, torch.arange(20)) + 0.3 * torch.randn(new.shape, generator=draw), 0.0)
     advantages, returns = torch.randn(new.shape, generator=draw), torch.randn(new.shape, generator=draw)

@@ -128,21 +128,21 @@ def test_over_the_ceiling_the_run_stops_and_goes_back(model: CausalModel, tokeni
     ids = [prompts[i % 6] for i in range(24)]
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=24), ids, version="p", group=1, max_tokens=12, temperature=1.0, seed=5)
     with torch.no_grad():
-        new, _ = rollout.reply_logprobs(model, batch, torch.arange(24), "p", 1.0)
-        ref, _ = rollout.reply_logprobs(model, batch, torch.arange(24), None, 1.0)
+        new = rollout.reply_logprobs(model, batch, torch.arange(24), "p", 1.0)
+        ref = rollout.reply_logprobs(model, batch, torch.arange(24), None, 1.0)
     assert float((new - ref).sum(1).mean()) < 4.0  # what is in the adapter is the kept policy, not the one that ran away
 
 
 def test_over_the_ceiling_it_goes_on_from_the_last_good_state_with_smaller_steps(
     model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]
 ) -> None:
-    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.02, kl_target=2.0, kl_horizon=1e9, kl_ceiling=1.0, back_offs=8)  # the controller rests
+    config = replace(SMALL, updates=10, lr=5e-2, kl_coef=0.02, kl_target=2.0, kl_ceiling=1.0, back_offs=8)
     result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
     over = [row["update"] for row in result.history if row["kl"] > 2.0]
     assert over and "policy_loss" not in result.history[over[0]]  # no update was made from there
     after = result.history[over[0] + 1]
     assert after["kl"] == pytest.approx(result.history[over[0] - 1]["kl"], abs=1.0) and after["kl"] <= 2.0
-    assert after["kl_coef"] == pytest.approx(2 * result.history[over[0] - 1]["kl_coef"])
+    assert after["kl_coef"] > result.history[over[0]]["kl_coef"]
     assert result.kept_update > over[0] and result.kl <= 2.0
 
 
@@ -229,7 +229,7 @@ def test_mixing_in_demonstrations_keeps_them_likely(model: CausalModel, tokenize
             logprobs=[[0.0] * len(r) for _, r in shown], group=1, pad_id=model.pad_id,
         )  # fmt: skip
         with torch.no_grad():
-            after[coef] = float(reply_logprobs(model, batch, torch.arange(2), result.adapter, 1.0)[0].sum())
+            after[coef] = float(reply_logprobs(model, batch, torch.arange(2), result.adapter, 1.0).sum())
     assert after[1.0] > after[0.0] + 1.0
 
 
@@ -293,7 +293,7 @@ def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalMode
         engine = Engine(model, tokenizer, max_sequences=16)
         batch = rollout.sample(engine, prompts, version="p", group=2, max_tokens=12, temperature=1.0, seed=0)
         with torch.no_grad():
-            old, _ = rollout.reply_logprobs(model, batch, torch.arange(12), "p", 1.0)
+            old = rollout.reply_logprobs(model, batch, torch.arange(12), "p", 1.0)
         advantages = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
         trained = list(model.lora.parameters("p").values())
         before = state(model, "p")
@@ -312,20 +312,25 @@ def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: Ca
     with torch.no_grad():
         values = Value(model, reward, scorer)(batch, torch.arange(12))
     prefixes = [c[:5] for c in batch.completions]
-    scores = (reward.score(batch.prompts, prefixes)[:, 0] - scorer.mean[0]) / scorer.std[0]
+    liked = (reward.score(batch.prompts, prefixes)[:, 0] - scorer.typical[0]) / 2 - math.log(2)  # log sigmoid, to first order
+    scores = (liked - scorer.mean[0]) / scorer.std[0]
     rows = [i for i, c in enumerate(batch.completions) if len(c) > 5]
     assert rows and torch.allclose(values[rows, 5], scores[rows], atol=1e-3)
 
 
-def test_members_with_other_offsets_and_scales_count_the_same(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+def test_scores_are_log_odds_against_a_typical_reply_whatever_a_members_offset(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
     reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2)
-    reward.score = lambda p, c: torch.tensor([[even_share(x), 50 - 7 * even_share(x)] for x in c])  # type: ignore[method-assign]
-    units = Scorer(reward, batch)(batch)
-    assert torch.allclose(units[:, 0], -units[:, 1], atol=1e-4) and units.mean(0).abs().max() < 1e-5
+    reward.score = lambda p, c: torch.tensor([[4 * even_share(x), 50 + 4 * even_share(x)] for x in c])  # type: ignore[method-assign]
+    scorer = Scorer(reward, batch)
+    units = scorer(batch)
+    assert torch.allclose(units[:, 0], units[:, 1], atol=1e-4) and units.mean(0).abs().max() < 1e-5
     within = units[:, 0].view(-1, 2)
     pooled = ((within - within.mean(1, keepdim=True)) ** 2).sum() / (12 - 6)
     assert float(pooled) == pytest.approx(1.0, rel=1e-4)
+    raw = [4 * even_share(c) for c in batch.completions]
+    odds = [-math.log1p(math.exp(sum(raw) / 12 - x)) for x in raw]  # by hand: log sigmoid(score - typical)
+    assert float(units[3, 0] - units[8, 0]) == pytest.approx((odds[3] - odds[8]) / float(scorer.std[0]), abs=1e-4) and odds[3] != odds[8]
 
 
 def test_few_votes_warrant_few_nats() -> None:

@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from engine.engine import Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
-from learner.rollout import Trajectories, chunks, collect, reply_hidden, reply_logprobs, sample
+from learner.rollout import (
+    Trajectories,
+    chunks,
+    collect,
+    reply_divergence,
+    reply_hidden,
+    reply_logprobs,
+    sample,
+)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
 QUESTIONS = ["Hi", "Tell me about the moon, please.", "Why?"]
 
 
@@ -59,16 +69,16 @@ def test_the_batch_holds_what_was_sampled(batch: Trajectories, prompts: list[lis
 
 def test_training_log_probabilities_are_those_recorded_while_sampling(model: CausalModel, batch: Trajectories) -> None:
     with torch.no_grad():
-        logprobs, _ = reply_logprobs(model, batch, torch.arange(6), "policy", 0.7)
+        logprobs = reply_logprobs(model, batch, torch.arange(6), "policy", 0.7)
     assert (logprobs - batch.engine_logprobs).abs().max() < 1e-4
     with torch.no_grad():  # temperature on one side only is another number altogether
-        hot, _ = reply_logprobs(model, batch, torch.arange(6), "policy", 1.0)
+        hot = reply_logprobs(model, batch, torch.arange(6), "policy", 1.0)
     assert (hot - batch.engine_logprobs).abs().max() > 0.1
 
 
 def test_padding_and_company_change_nothing(model: CausalModel, batch: Trajectories) -> None:
     with torch.no_grad():
-        logprobs, _ = reply_logprobs(model, batch, torch.tensor([4, 1, 3]), "policy", 0.7)
+        logprobs = reply_logprobs(model, batch, torch.tensor([4, 1, 3]), "policy", 0.7)
     for k, i in enumerate([4, 1, 3]):
         assert torch.allclose(logprobs[k, : len(batch.completions[i])], alone(model, batch, i, 0.7), atol=1e-4)
         assert (logprobs[k, len(batch.completions[i]) :] == 0).all()
@@ -80,20 +90,36 @@ def test_left_padding_gives_the_same_log_probabilities(model: CausalModel, batch
     valid = torch.tensor([[False] * 5 + [True] * len(row)])
     with torch.no_grad():
         left = model.logprobs(ids, valid=valid, adapter="policy", temperature=0.7)[0, 5 + len(batch.prompts[2]) - 1 :]
-        right, _ = reply_logprobs(model, batch, torch.tensor([2]), "policy", 0.7)
+        right = reply_logprobs(model, batch, torch.tensor([2]), "policy", 0.7)
     assert torch.allclose(left, right[0], atol=1e-4)
 
 
-def test_log_probabilities_and_entropy_are_those_of_transformers(model: CausalModel, batch: Trajectories, tiny_llama: Path) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(tiny_llama)
+def test_divergence_from_the_reference_is_that_of_transformers(model: CausalModel, batch: Trajectories, tiny_llama: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.lora.save("policy", tmp_path / "policy")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "policy")
+    found = reply_divergence(model, batch, torch.arange(6), "policy", None, 0.5)
+    assert found.kl.max() > 0.01
     with torch.no_grad():
-        logprobs, entropy = reply_logprobs(model, batch, torch.arange(6), None, 0.5)
         for i in range(6):
-            row, first = torch.tensor([[*batch.prompts[i], *batch.completions[i]]]), len(batch.prompts[i])
-            every = (reference(row).logits[0, first - 1 : -1] / 0.5).log_softmax(-1)
-            n = len(batch.completions[i])
-            assert torch.allclose(logprobs[i, :n], every.gather(1, row[0, first:, None])[:, 0], atol=1e-3)
-            assert torch.allclose(entropy[i, :n], -(every.exp() * every).sum(-1), atol=1e-3)
+            row, first, n = torch.tensor([[*batch.prompts[i], *batch.completions[i]]]), len(batch.prompts[i]), len(batch.completions[i])
+            p, q = ((m(row).logits[0, first - 1 : -1] / 0.5).log_softmax(-1) for m in (adapted, plain))
+            assert torch.allclose(found.logprobs[i, :n], p.gather(1, row[0, first:, None])[:, 0], atol=1e-3)
+            assert torch.allclose(found.ref_logprobs[i, :n], q.gather(1, row[0, first:, None])[:, 0], atol=1e-3)
+            assert torch.allclose(found.entropy[i, :n], -(p.exp() * p).sum(-1), atol=1e-3)
+            assert torch.allclose(found.kl[i, :n], (p.exp() * (p - q)).sum(-1), atol=1e-3)
+            assert all((x[i, n:] == 0).all() for x in (found.logprobs, found.ref_logprobs, found.entropy, found.kl))
+    same = reply_divergence(model, batch, torch.arange(6), "policy", "policy", 0.5)
+    assert (same.kl == 0).all() and torch.equal(same.logprobs, same.ref_logprobs)
+
+
+def test_divergence_has_the_mean_of_the_log_ratio_and_less_noise(model: CausalModel, engine: Engine, prompts: list[list[int]]) -> None:
+    batch = sample(engine, prompts[:1], version="policy", group=384, max_tokens=6, temperature=1.0, seed=0)
+    found = reply_divergence(model, batch, torch.arange(len(batch)), "policy", None, 1.0)
+    ratio, exact = (found.logprobs - found.ref_logprobs).sum(1), found.kl.sum(1)
+    error = float((ratio - exact).std()) / len(batch) ** 0.5
+    assert abs(float(ratio.mean() - exact.mean())) < 4 * error  # one false alarm in 15,000 seeds; this one is fixed
+    assert float(exact.var()) < 0.5 * float(ratio.var())
 
 
 def test_the_end_token_is_part_of_a_reply_and_a_cut_reply_is_flagged() -> None:
