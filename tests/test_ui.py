@@ -426,6 +426,14 @@ def test_odd_figures_never_break_the_operator_page(odd: dict) -> None:
     assert "70%" in figures.rounds(rows) and "60–80%" in figures.rounds(rows)
 
 
+def test_a_round_says_where_it_began_and_why_it_made_nothing() -> None:
+    html = figures.rounds([
+        {"round": 2, "version": "v000002", "ppo": {"note": "began at the reference: <far>"}, "reward": {"words": "works"}},
+        {"round": 1, "state": "not_ready", "reward": {"words": "not yet: about 9 more votes"}},
+    ])  # fmt: skip
+    assert "began at the reference: &lt;far&gt;" in html and "not yet: about 9 more votes" in html and "works" not in html
+
+
 def test_a_rejected_version_names_its_failing_checks_and_cannot_be_promoted() -> None:
     gate = {"verdict": "rejected", "checks": [{"name": "kl", "passed": True}, {"name": "length_drift", "passed": False}]}
     html = figures.versions({"live": "base", "data": [{"version": "v000001", "status": "rejected", "gate": gate}]})

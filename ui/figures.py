@@ -194,9 +194,9 @@ def rounds(rows: list[JSON]) -> str:
         value, interval = accuracy_of(row)
         found = pair(interval)
         spread = f'<small>{100 * found[0]:.0f}–{100 * found[1]:.0f}%</small>' if found else ""
-        words = find(row, "reason", "reward.words")
+        words = find(row, "ppo.note") if row.get("version") else find(row, "reason", "reward.words")
         state = plain(ROUND_STATES.get(str(row.get("state")), row.get("state") or ""))
-        why = f"<small>{plain(words)}</small>" if isinstance(words, str) and not row.get("version") else ""
+        why = f"<small>{plain(words)}</small>" if isinstance(words, str) else ""
         votes = number(row.get("votes"))
         body.append(
             f'<tr><th scope="row">{plain(row.get("round", ""))}</th><td>{state or DASH}{why}</td>'
