@@ -58,18 +58,19 @@ class PPOResult:
 
 
 class KLController:
-    """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2), never below where it began.
+    """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2).
 
-    Theirs may fall without end. A run begins at 0 nats, which is under every target, so by the time the policy comes near, the
-    price would have been given away.
+    Here the target grows to its height over the first half of a run, and beta stays above a tenth of where it began. A run begins
+    at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
     """
 
     def __init__(self, beta: float, target: float, horizon: float) -> None:
-        self.beta, self.least, self.target, self.horizon = beta, beta, target, horizon
+        self.beta, self.least, self.target, self.horizon = beta, beta / 10, target, horizon
 
-    def update(self, kl: float, replies: int) -> None:
-        """kl: nats a reply, mean over `replies` of them. The error is clipped to 20%."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
+    def update(self, kl: float, replies: int, done: float = 1.0) -> None:
+        """kl: nats a reply, mean over `replies` of them, when the share `done` of the run is. The error is clipped to 20%."""
+        target = self.target * min(1.0, max(2 * done, 0.1))
+        error = min(max(kl / target - 1, -0.2), 0.2)
         self.beta = max(self.least, self.beta * (1 + error * replies / self.horizon))
 
 
@@ -92,18 +93,19 @@ def kl_warranted(config: PPOConfig, votes: int) -> float:
 
 
 class Scorer:
-    """How sure each member is that people prefer a reply to a typical one of the reference's: log sigmoid(score - typical).
+    """How sure each member is that people prefer a reply to a good one of the reference's: log sigmoid(score - good).
 
     The sigmoid is Bradley-Terry's own, so what is already liked earns little more, and a policy gains by mending its worst replies
-    and not by outdoing its best (Wang et al. 2024, "Transforming and Combining Rewards for Aligning Large Language Models"; there
-    typical is a quantile of each prompt's). In deviations of the reference's replies to one prompt, so that members count alike.
+    and not by outdoing its best (Wang et al. 2024, "Transforming and Combining Rewards for Aligning Large Language Models"). Good
+    is one deviation above the mean; there, a high quantile of each prompt's. In deviations of the reference's replies to one
+    prompt, so that members count alike.
     """
 
     def __init__(self, reward: RewardModel, reference: Trajectories) -> None:
         self.reward = reward
         raw = self._raw(reference)  # (B, members)
-        self.typical = raw.mean(0)
-        liked = F.logsigmoid(raw - self.typical)
+        self.good = raw.mean(0) + raw.std(0)
+        liked = F.logsigmoid(raw - self.good)
         self.mean = liked.mean(0)
         grouped = liked.view(-1, reference.group, raw.shape[1])
         inner = grouped - grouped.mean(1, keepdim=True) if reference.group > 1 else grouped - self.mean
@@ -112,7 +114,7 @@ class Scorer:
 
     def __call__(self, batch: Trajectories) -> Tensor:
         """(B, members), in deviations of the reference's replies; their mean is 0."""
-        return (F.logsigmoid(self._raw(batch) - self.typical) - self.mean) / self.std
+        return (F.logsigmoid(self._raw(batch) - self.good) - self.mean) / self.std
 
     def _raw(self, batch: Trajectories) -> Tensor:
         scores = self.reward.score(batch.prompts, batch.completions)
@@ -124,7 +126,7 @@ class Scorer:
 class Value(nn.Module):
     """V of every reply position, in the scorer's units: starts as what one reward member says of the reply up to there.
 
-    The scorer's log sigmoid is taken to first order there, log sigmoid(x) = x / 2 - log 2, so that V is linear in the head.
+    The scorer's log sigmoid is taken to first order there, x / 2 - log 2, so that V is linear in the head.
     """
 
     def __init__(self, model: CausalModel, reward: RewardModel, scorer: Scorer) -> None:
@@ -138,7 +140,7 @@ class Value(nn.Module):
         self.head = nn.Linear(member.head.in_features, 1).to(model.device)
         with torch.no_grad():
             self.head.weight.copy_(member.head.weight / 2 / scorer.std[0])
-            self.head.bias.copy_(((member.head.bias - scorer.typical[0]) / 2 - math.log(2) - scorer.mean[0]) / scorer.std[0])
+            self.head.bias.copy_(((member.head.bias - scorer.good[0]) / 2 - math.log(2) - scorer.mean[0]) / scorer.std[0])
 
     def forward(self, batch: Trajectories, rows: Tensor) -> Tensor:
         """(n, R'): the value before each reply token is chosen."""
@@ -307,7 +309,7 @@ def train_ppo(
                     break
                 backed_off += 1
                 peak = [top / 2 for top in peak]
-                controller.update(kl_reply, len(batch))
+                controller.update(kl_reply, len(batch), done)
                 optimizer.state.clear()  # its momentum points over the ceiling
                 continue
             parted = "judges" in row and judged.parted(row["judges"])
@@ -356,7 +358,7 @@ def train_ppo(
             )  # fmt: skip
 
             # 8. The KL controller, and the log.
-            controller.update(kl_reply, len(batch))
+            controller.update(kl_reply, len(batch), done)
             practised += int(batch.lengths.sum())
             row |= {"seconds": time.monotonic() - lap, "tokens_per_second": float(batch.lengths.sum()) / (time.monotonic() - lap)}
             history.append(row)

@@ -157,10 +157,10 @@ def chosen(batch: Trajectories, rows: Sequence[Tensor]) -> list[list[float]]:
 def scores_by_hand(config: PPOConfig, unit: Trajectories, batch: Trajectories) -> list[float]:
     """mean - uncertainty * deviation over the members, each in deviations of the reference's replies, less the penalties.
 
-    A member says log sigmoid(score - the reference's mean score).
+    A member says log sigmoid(score - good), good being one deviation above the reference's mean.
     """
     raw, base = (np.array([planted(c) for c in b.completions]) for b in (batch, unit))
-    raw, base = (-np.log1p(np.exp(base.mean(0) - x)) for x in (raw, base))
+    raw, base = (-np.log1p(np.exp(base.mean(0) + base.std(0, ddof=1) - x)) for x in (raw, base))
     groups = base.reshape(-1, config.replies_per_prompt, 2)
     within = ((groups - groups.mean(1, keepdims=True)) ** 2).sum((0, 1)) / (len(base) - len(groups))
     members = (raw - base.mean(0)) / np.sqrt(within)
@@ -217,7 +217,8 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     reward = Planted.create(model, RewardConfig(members=2, lora_r=4), 2)
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
     unit = watched.batches[0]
-    least = beta = config.kl_coef / (2 * config.kl_target) ** 0.5
+    beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
+    least = beta / 10
     assert len(watched.given) == 2
     for update, given in enumerate(watched.given):
         batch = given["batch"]
@@ -248,7 +249,10 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
             advantages = [gae_by_hand(r, v, config.gamma, config.lam) for r, v in zip(rewards, values, strict=True)]
             close(given["returns"], [[a + v for a, v in zip(*rows, strict=True)] for rows in zip(advantages, values, strict=True)])
         close(given["advantages"], white(advantages) if whitened else advantages)
-        error = min(max(mean_kl / config.kl_target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
+        done = max(update / config.updates, practised / config.tokens)
+        practised += sum(map(len, batch.completions))
+        target = config.kl_target * min(1, max(2 * done, 0.1))  # grows over the first half of a run
+        error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
 
 

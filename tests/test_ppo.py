@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -312,13 +313,13 @@ def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: Ca
     with torch.no_grad():
         values = Value(model, reward, scorer)(batch, torch.arange(12))
     prefixes = [c[:5] for c in batch.completions]
-    liked = (reward.score(batch.prompts, prefixes)[:, 0] - scorer.typical[0]) / 2 - math.log(2)  # log sigmoid, to first order
+    liked = (reward.score(batch.prompts, prefixes)[:, 0] - scorer.good[0]) / 2 - math.log(2)  # log sigmoid, to first order
     scores = (liked - scorer.mean[0]) / scorer.std[0]
     rows = [i for i, c in enumerate(batch.completions) if len(c) > 5]
     assert rows and torch.allclose(values[rows, 5], scores[rows], atol=1e-3)
 
 
-def test_scores_are_log_odds_against_a_typical_reply_whatever_a_members_offset(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+def test_scores_are_log_odds_against_a_good_reply_whatever_a_members_offset(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
     reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2)
     reward.score = lambda p, c: torch.tensor([[4 * even_share(x), 50 + 4 * even_share(x)] for x in c])  # type: ignore[method-assign]
@@ -329,7 +330,8 @@ def test_scores_are_log_odds_against_a_typical_reply_whatever_a_members_offset(m
     pooled = ((within - within.mean(1, keepdim=True)) ** 2).sum() / (12 - 6)
     assert float(pooled) == pytest.approx(1.0, rel=1e-4)
     raw = [4 * even_share(c) for c in batch.completions]
-    odds = [-math.log1p(math.exp(sum(raw) / 12 - x)) for x in raw]  # by hand: log sigmoid(score - typical)
+    good = statistics.mean(raw) + statistics.stdev(raw)
+    odds = [-math.log1p(math.exp(good - x)) for x in raw]  # by hand: log sigmoid(score - good)
     assert float(units[3, 0] - units[8, 0]) == pytest.approx((odds[3] - odds[8]) / float(scorer.std[0]), abs=1e-4) and odds[3] != odds[8]
 
 
@@ -346,8 +348,11 @@ def test_the_kl_controller_by_hand() -> None:
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1)
     controller.update(0.0, 50)
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
-    controller.update(0.0, 50)
-    assert controller.beta == 0.1  # not 0.0936: never below where it began
+    controller.update(3.0, 50, done=0.25)  # a quarter of the run: the target is half of what it will be
+    assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9 * 1.1)
+    for _ in range(100):
+        controller.update(0.0, 50)
+    assert controller.beta == pytest.approx(0.01)  # never below a tenth of where it began
 
 
 @pytest.mark.parametrize("target", [1.0, 4.5])
