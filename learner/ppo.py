@@ -36,6 +36,7 @@ from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.text_checks import broken_rate, distinct_n, faults
 
+RAMP = 0.25  # share of a run over which the KL target grows to its height
 VALUE = "value"  # the adapter of the value function; it lives as long as a run
 
 
@@ -60,7 +61,7 @@ class PPOResult:
 class KLController:
     """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2).
 
-    Here the target grows to its height over the first half of a run, and beta stays above a tenth of where it began. A run begins
+    Here the target grows to its height over the first quarter of a run, and beta stays above a tenth of where it began. A run begins
     at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
     """
 
@@ -69,7 +70,7 @@ class KLController:
 
     def update(self, kl: float, replies: int, done: float = 1.0) -> None:
         """kl: nats a reply, mean over `replies` of them, when the share `done` of the run is. The error is clipped to 20%."""
-        target = self.target * min(1.0, max(2 * done, 0.1))
+        target = self.target * min(1.0, max(done / RAMP, 0.1))
         error = min(max(kl / target - 1, -0.2), 0.2)
         self.beta = max(self.least, self.beta * (1 + error * replies / self.horizon))
 

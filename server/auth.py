@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import threading
 import time
@@ -24,7 +23,7 @@ from argon2.exceptions import Argon2Error, InvalidHashError
 
 from server.errors import StartupError
 from server.settings import Settings, is_loopback
-from store.files import write_json
+from store.files import write_bytes, write_json
 
 Role = Literal["user", "operator"]
 PREFIX = "plaudit"
@@ -154,11 +153,7 @@ class VoterHash:
             self._salt = path.read_bytes()
         except FileNotFoundError:
             self._salt = secrets.token_bytes(32)
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._salt)
-                file.flush()
-                os.fsync(file.fileno())
+            write_bytes(path, self._salt)  # whole or not at all: half a salt would lock the directory
         if len(self._salt) < 16:
             raise StartupError(f"{path} is damaged; restore it, or delete it and lose who cast which vote")
 

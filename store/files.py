@@ -21,16 +21,21 @@ def fsync_file(path: Path) -> None:
 def write_json(path: Path, fields: Mapping[str, Any], *, durable: bool = True) -> None:
     """Replace `path` in one step. Raises DiskFull, and ValueError for NaN and infinity, which are not JSON."""
     text = json.dumps(dict(fields), indent=1, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode("utf-8"), durable=durable)
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace `path` in one step, its owner's alone to read. Raises DiskFull."""
     with plain_errors(path.parent):
-        replace(path, text + "\n", durable)
+        replace(path, data, durable)
 
 
-def replace(path: Path, text: str, durable: bool) -> None:
+def replace(path: Path, data: bytes, durable: bool) -> None:
     """Write beside `path`, then rename."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

@@ -87,6 +87,18 @@ def test_voters_are_hashed_with_a_salt_that_stays(tmp_path: Path) -> None:
     assert "ana" not in one("ana") and len(one("ana")) == 32
 
 
+def test_a_start_that_is_cut_short_leaves_no_half_salt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            VoterHash(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert len(VoterHash(tmp_path)("ana")) == 32
+
+
 def test_a_public_bind_refuses_to_start_without_keys(tmp_path: Path) -> None:
     public = Settings(host="0.0.0.0", data_dir=tmp_path)
     with pytest.raises(StartupError) as refusal:

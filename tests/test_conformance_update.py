@@ -251,7 +251,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         close(given["advantages"], white(advantages) if whitened else advantages)
         done = max(update / config.updates, practised / config.tokens)
         practised += sum(map(len, batch.completions))
-        target = config.kl_target * min(1, max(2 * done, 0.1))  # grows over the first half of a run
+        target = config.kl_target * min(1, max(4 * done, 0.1))  # grows over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
 

@@ -348,7 +348,7 @@ def test_the_kl_controller_by_hand() -> None:
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1)
     controller.update(0.0, 50)
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
-    controller.update(3.0, 50, done=0.25)  # a quarter of the run: the target is half of what it will be
+    controller.update(3.0, 50, done=0.125)  # an eighth of the run: the target is half of what it will be
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9 * 1.1)
     for _ in range(100):
         controller.update(0.0, 50)
