@@ -36,7 +36,7 @@ from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.text_checks import broken_rate, distinct_n, faults
 
-RAMP = 0.25  # share of a run over which the KL target grows to its height
+RAMP = 0.25  # share of a run over which the KL target moves from where the run began to its place
 VALUE = "value"  # the adapter of the value function; it lives as long as a run
 
 
@@ -61,16 +61,18 @@ class PPOResult:
 class KLController:
     """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2).
 
-    Here the target grows to its height over the first quarter of a run, and beta stays above a tenth of where it began. A run begins
-    at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
+    Here the target moves from where the run begins to its place over the first quarter of it, and beta stays above a tenth of where it
+    began. Most runs begin at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
     """
 
     def __init__(self, beta: float, target: float, horizon: float) -> None:
         self.beta, self.least, self.target, self.horizon = beta, beta / 10, target, horizon
+        self.begun: float | None = None  # nats at the first update
 
     def update(self, kl: float, replies: int, done: float = 1.0) -> None:
         """kl: nats a reply, mean over `replies` of them, when the share `done` of the run is. The error is clipped to 20%."""
-        target = self.target * min(1.0, max(done / RAMP, 0.1))
+        self.begun = kl if self.begun is None else self.begun
+        target = max(self.begun + min(1.0, done / RAMP) * (self.target - self.begun), 0.1 * self.target)
         error = min(max(kl / target - 1, -0.2), 0.2)
         self.beta = max(self.least, self.beta * (1 + error * replies / self.horizon))
 

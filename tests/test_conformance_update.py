@@ -218,7 +218,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
     unit = watched.batches[0]
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
-    least = beta / 10
+    least, begun = beta / 10, 0.0
     assert len(watched.given) == 2
     for update, given in enumerate(watched.given):
         batch = given["batch"]
@@ -251,7 +251,8 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         close(given["advantages"], white(advantages) if whitened else advantages)
         done = max(update / config.updates, practised / config.tokens)
         practised += sum(map(len, batch.completions))
-        target = config.kl_target * min(1, max(4 * done, 0.1))  # grows over the first quarter of a run
+        begun = mean_kl if update == 0 else begun
+        target = max(begun + min(1, 4 * done) * (config.kl_target - begun), 0.1 * config.kl_target)  # moves over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
 

@@ -348,11 +348,21 @@ def test_the_kl_controller_by_hand() -> None:
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1)
     controller.update(0.0, 50)
     assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9)
-    controller.update(3.0, 50, done=0.125)  # an eighth of the run: the target is half of what it will be
-    assert controller.beta == pytest.approx(0.1 * 1.05 * 1.1 * 0.9 * 1.1)
     for _ in range(100):
         controller.update(0.0, 50)
     assert controller.beta == pytest.approx(0.01)  # never below a tenth of where it began
+
+
+@pytest.mark.parametrize(("begun", "half_way"), [(0.0, 2.0), (6.0, 5.0)])
+def test_the_kl_target_moves_from_where_the_run_began(begun: float, half_way: float) -> None:
+    controller = KLController(0.1, target=4.0, horizon=100.0)
+    controller.update(begun, 50, done=0.0)
+    first = controller.beta
+    assert first == pytest.approx(0.09 if begun == 0 else 0.1)
+    controller.update(half_way, 50, done=0.125)  # half of the first quarter
+    assert controller.beta == pytest.approx(first)
+    controller.update(4.4, 50, done=0.25)
+    assert controller.beta == pytest.approx(first * 1.05)
 
 
 @pytest.mark.parametrize("target", [1.0, 4.5])
