@@ -62,9 +62,9 @@ def device_named(name: str | torch.device) -> torch.device:
     return device
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error says, in the one line that a person reads."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """What an error says, in the one line that a person reads, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Proximal policy optimisation of one LoRA adapter against the reward model, read top to bottom.
 
 R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
-valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is the ensemble's lower confidence bound, in units of
-the spread of the reference policy's own replies, less what a cut reply costs. What is mechanically broken costs at the
+valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure the ensemble is that people prefer the reply to a
+good one of the reference's (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
 token where it broke (`learner/text_checks.py`), so that the few tokens before it answer for it and not the whole reply.
 
 One base model is in memory; the policy, the reward members, the value function and (where there is one) the reference

@@ -25,6 +25,7 @@ import torch
 from engine.engine import BASE, probe
 from engine.lora import AdapterError
 from engine.model import CausalModel
+from engine.source import first_line
 from engine.tokenizer import ChatTokenizer
 from learner.config import LearnerConfig
 from learner.data import (
@@ -400,8 +401,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened."""
-    return (str(error).splitlines() or [""])[0][:300]

@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         print("plaudit learn: --set takes name=value, such as --set ppo.updates=10", file=sys.stderr)
         return 2
-    from engine.source import ModelError
+    from engine.source import ModelError, first_line
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -257,11 +257,6 @@ def stop(signum: int, frame: object) -> None:
     last.daemon = True
     last.start()
     raise Stopped
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened."""
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 def log_to_stderr() -> None:
