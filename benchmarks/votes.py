@@ -6,6 +6,7 @@ a version that passes its gate goes live, and the taste judges it against the ba
 rate over what the taste's best of 8 base replies gets. Beside it: KL, broken replies, known answers, seconds a round.
 Prints a line a round; JSON last. Exit status 1 when a target is missed. `--plot FILE` draws share against votes for each
 taste, beside TRL's DPO (3 passes from the base, the better of two learning rates by the judge itself) on the same votes.
+All of it takes hours: `--rows FILE` keeps every row, and courses that are whole there are not run again.
 """
 
 from __future__ import annotations
@@ -127,8 +128,20 @@ class Course:
         return rows
 
 
+def kept(file: Path | None, wanted: dict[str, Any], votes: Sequence[int]) -> list[dict[str, Any]]:
+    """The newest rows of `file` that say what `wanted` says, one for each of `votes`; none where one is missing."""
+    if file is None or not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    found = {row["votes"]: row for row in rows if wanted.items() <= row.items()}
+    return [found[n] for n in votes] if found.keys() >= set(votes) else []
+
+
 def course(taste: str, seed: int, peer: Path | None, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a number of votes. peer: the interpreter with TRL, where DPO shall learn beside us. Raises ContestError."""
+    asked = {"taste": taste, "seed": seed, "noise": args.noise, "careless": args.careless, "threads": args.threads, "set": args.set}
+    if (known := kept(args.rows, asked, args.votes)) and (peer is None or all("dpo" in row for row in known)):
+        return known
     config = LearnerConfig().override({"seed": str(seed), "threads": str(args.threads)} | dict(s.split("=", 1) for s in args.set))
     held_out = random.Random(seed).sample(prompts_from(held_out=True), args.held_out)
     rows = []
@@ -142,13 +155,16 @@ def course(taste: str, seed: int, peer: Path | None, args: argparse.Namespace) -
             record = run.round()
             seconds = time.monotonic() - began
             reward, gate = record["reward"] or {}, record["gate"] or {}
-            row = {"taste": taste, "seed": seed, "votes": votes, "state": record["state"], "round_s": round(seconds, 1)} | run.standing()
+            row = asked | {"votes": votes, "state": record["state"], "round_s": round(seconds, 1)} | run.standing()
             row |= {"accuracy": reward.get("accuracy"), "failed": gate.get("failed"), "reason": record["reason"]}
             row |= {"stopped": (record["ppo"] or {}).get("stopped"), "timings": record["timings"]}
             if peer is not None:
                 row["dpo"] = run.dpo(peer, Path(folder) / f"dpo-{votes}", args.threads)
             print(json.dumps(row), flush=True)
             rows.append(row)
+            if args.rows is not None:
+                with args.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
     return rows
 
 
@@ -223,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=str(STARTER))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the learner, e.g. ppo.updates=10")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows here; courses that are whole in it are taken from it")
     parser.add_argument("--plot", type=chart_file, metavar="FILE", help="draw share against votes beside TRL's DPO; needs `make peers`")
     parser.add_argument("--peers-python", type=Path, help="interpreter with TRL; default PLAUDIT_PEERS, else what `make peers` built")
     args = parser.parse_args(argv)

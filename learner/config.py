@@ -52,10 +52,9 @@ class RewardConfig:
 class PPOConfig:
     """The policy update. `learner/ppo.py` reads it."""
 
-    estimator: str = "rloo"  # advantages: "gae", or "rloo" (leave-one-out baseline): more reward a second, see docs/decisions.md
+    estimator: str = "gae-ls"  # advantages: "gae-ls" (GAE, value function by least squares), "gae" (value function trained), "rloo", "reinforce"
     updates: int = 32  # rollout batches at most
     tokens: int = 40_000  # of replies practised, after which no further update starts: short replies get more updates, for the same work
-    max_updates: int = 0  # end after this many, with the learning rates of `updates` (replays); 0 = no such limit
     prompts_per_update: int = 12
     replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
     max_new_tokens: int = 96  # a rollout's reply
@@ -66,6 +65,7 @@ class PPOConfig:
     lora_alpha: int = 32
     lr: float = 2e-3
     value_lr: float = 1e-3
+    warmup: int = 3  # updates over which the step size grows: Adam's first steps are as large as its largest, whatever the gradient
     max_grad_norm: float = 1.0
     clip: float = 0.2  # policy ratio (Schulman et al. 2017, Eq. 7)
     value_clip: float = 0.2
@@ -76,6 +76,7 @@ class PPOConfig:
     kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
     kl_ceiling: float = 1.5  # times kl_target: over it, the run goes back to the last state under it
+    restart: float = 0.5  # times kl_target: a live version further from the reference has little left to spend, and the run begins at the reference
     back_offs: int = 3  # how often it goes on from there, with half the step, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
@@ -92,13 +93,14 @@ class PPOConfig:
     max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it
 
     def __post_init__(self) -> None:
-        _need(self.estimator in ("gae", "rloo", "reinforce"), "ppo.estimator must be gae, rloo or reinforce")
+        _need(self.estimator in ("gae-ls", "gae", "rloo", "reinforce"), "ppo.estimator must be gae-ls, gae, rloo or reinforce")
         _need(self.updates >= 1 and self.tokens >= 1 and self.epochs >= 1, "ppo.updates, ppo.tokens and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.temperature > 0, "ppo.temperature must be positive")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
+        _need(self.max_seconds > 0, "ppo.max_seconds must be positive")
         _need(self.kl_target > 0 and self.kl_ceiling >= 1, "ppo.kl_target must be positive, ppo.kl_ceiling at least 1")
 
 

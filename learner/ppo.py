@@ -17,15 +17,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.engine import BASE, Engine
-from engine.features import reply_features
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
@@ -34,10 +32,11 @@ from learner.config import PPOConfig
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
+from learner.scorer import Scorer
 from learner.text_checks import broken_rate, distinct_n, faults
+from learner.value import VALUE, FittedValue, TrainedValue
 
 RAMP = 0.25  # share of a run over which the KL target moves from where the run began to its place
-VALUE = "value"  # the adapter of the value function; it lives as long as a run
 
 
 class PPOError(Exception):
@@ -95,72 +94,6 @@ def kl_warranted(config: PPOConfig, votes: int) -> float:
     return config.kl_target * min(1.0, math.sqrt(votes / config.kl_votes))
 
 
-class Scorer:
-    """How sure each member is that people prefer a reply to a good one of the reference's: log sigmoid(score - good).
-
-    The sigmoid is Bradley-Terry's own, so what is already liked earns little more, and a policy gains by mending its worst replies
-    and not by outdoing its best (Wang et al. 2024, "Transforming and Combining Rewards for Aligning Large Language Models"). Good
-    is one deviation above the mean; there, a high quantile of each prompt's. In deviations of the reference's replies to one
-    prompt, so that members count alike.
-    """
-
-    def __init__(self, reward: RewardModel, reference: Trajectories) -> None:
-        self.reward = reward
-        raw = self._raw(reference)  # (B, members)
-        self.good = raw.mean(0) + raw.std(0)
-        liked = F.logsigmoid(raw - self.good)
-        self.mean = liked.mean(0)
-        grouped = liked.view(-1, reference.group, raw.shape[1])
-        inner = grouped - grouped.mean(1, keepdim=True) if reference.group > 1 else grouped - self.mean
-        freedom = max(1, len(raw) - (len(grouped) if reference.group > 1 else 1))
-        self.std = ((inner**2).sum((0, 1)) / freedom).sqrt().clamp(min=1e-4)
-
-    def __call__(self, batch: Trajectories) -> Tensor:
-        """(B, members), in deviations of the reference's replies; their mean is 0."""
-        return (F.logsigmoid(self._raw(batch) - self.good) - self.mean) / self.std
-
-    def _raw(self, batch: Trajectories) -> Tensor:
-        scores = self.reward.score(batch.prompts, batch.completions)
-        if not bool(scores.isfinite().all()):
-            raise PPOError("the reward model gave a score that is not a finite number")
-        return scores
-
-
-class Value(nn.Module):
-    """V of every reply position, in the scorer's units: starts as what one reward member says of the reply up to there.
-
-    The scorer's log sigmoid is taken to first order there, x / 2 - log 2, so that V is linear in the head.
-    """
-
-    def __init__(self, model: CausalModel, reward: RewardModel, scorer: Scorer) -> None:
-        super().__init__()
-        member = reward.members[0]
-        if member.adapter:
-            model.lora.copy(member.adapter, VALUE, trainable=True)
-        else:
-            model.lora.create(VALUE, r=reward.config.lora_r, alpha=reward.config.lora_alpha)
-        self.model = [model]  # in a list, so that its parameters are not this module's
-        self.head = nn.Linear(member.head.in_features, 1).to(model.device)
-        with torch.no_grad():
-            self.head.weight.copy_(member.head.weight / 2 / scorer.std[0])
-            self.head.bias.copy_(((member.head.bias - scorer.good[0]) / 2 - math.log(2) - scorer.mean[0]) / scorer.std[0])
-
-    def forward(self, batch: Trajectories, rows: Tensor) -> Tensor:
-        """(n, R'): the value before each reply token is chosen."""
-        model = self.model[0]
-        hidden = rollout.reply_hidden(model, batch, rows, VALUE).float()  # (n, R', D), the prompt's last state first
-        n, length, _ = hidden.shape
-        total = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, 1:].cumsum(1)], 1)
-        ended = model.sentence_ends[batch.tokens[rows, :length]].cumsum(1)
-        ends = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1)
-        said = torch.arange(length, device=hidden.device).repeat(n)
-        return self.head(reply_features(hidden.flatten(0, 1), total.flatten(0, 1), said, ends.flatten())).view(n, length)
-
-    def trained(self) -> list[nn.Parameter]:
-        """Adapter and head."""
-        return [*self.model[0].lora.parameters(VALUE).values(), *self.head.parameters()]
-
-
 class Mixed:
     """PPO-ptx (Ouyang et al. 2022, Eq. 2): the instruction-finetuning loss that is mixed into every step.
 
@@ -205,6 +138,7 @@ def train_ppo(
     judges: RewardModel | None = None,
     demonstrations: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
     seed: int = 0,
+    schedule: Sequence[float] = (),
     progress: Callable[[float, str], None] | None = None,
     on_update: Callable[[dict[str, Any]], None] | None = None,
 ) -> PPOResult:
@@ -214,8 +148,9 @@ def train_ppo(
     KL is measured against; None for the bare base. judges: held-out reward members, which are looked at and never
     optimised: where they and `reward` part, the run stops and goes back to where the judges liked it best.
     demonstrations: (prompt, reply) token ids that the policy shall go on finding likely, where `ptx_coef` asks for it.
-    A start over the KL ceiling is left for the reference, and the result's `note` says so.
-    Raises PPOError when a number is not finite or no prompt fits.
+    A start that has spent over `restart` of the KL target is left for the reference, and the result's `note` says so. schedule: `done` of every row of another
+    run's history, which is then run again as it was, however fast; empty: as updates, tokens and seconds are used up.
+    Raises PPOError or RewardDiverged when a number is not finite, PPOError when no prompt fits.
     """
     began = time.monotonic()
     fitting = [list(p) for p in prompts if len(p) + config.max_new_tokens <= model.max_context]
@@ -240,25 +175,38 @@ def train_ppo(
         except FloatingPointError as error:
             raise PPOError(str(error)) from error
 
-    def distance(batch: Trajectories) -> rollout.Divergence:
-        """The policy against the reference on the policy's replies, by the training pass; (B, R) each."""
-        parts = over(batch, range(len(batch)), config, lambda r: astuple(rollout.reply_divergence(model, batch, r, policy, reference, config.temperature)))
-        found = rollout.Divergence(*parts)
-        if not bool(found.kl.isfinite().all()):
+    def against_reference(batch: Trajectories) -> tuple[Tensor, ...]:
+        """`rollout.reply_divergence` on the policy's replies, by the training pass, (B, R) each; last what `fitted` sees there."""
+
+        def compute(rows: Tensor) -> tuple[Tensor, ...]:
+            found = rollout.reply_divergence(model, batch, rows, policy, reference, config.temperature)
+            seen = () if fitted is None else (fitted.inputs(batch, rows, found.ref_hidden),)
+            return (found.logprobs, found.ref_logprobs, found.entropy, found.kl, *seen)
+
+        parts = over(batch, range(len(batch)), config, compute)
+        if not bool(parts[3].isfinite().all()):
             raise PPOError("the KL divergence from the reference is not a finite number")
-        return found
+        return parts
 
     asked = next(draw)
     unit, note = sample(reference or BASE, asked, 0), None
-    begin(model, policy, start, config, seed)
-    if start not in (None, reference) and (far := float(distance(sample(policy, asked, 0)).kl.sum(1).mean())) > ceiling:
-        note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
-        model.lora.delete(policy)
-        begin(model, policy, reference, config, seed)
     scorer = Scorer(reward, unit)
     judge = None if judges is None else Scorer(judges, unit)
+    fitted = FittedValue(model, reward) if config.estimator == "gae-ls" else None
+    begin(model, policy, start, config, seed)
+    if start not in (None, reference):
+        far, most = float(against_reference(sample(policy, asked, 0))[3].sum(1).mean()), config.restart * config.kl_target
+        if far > most:
+            note = f"began at the reference: the live version is {far:.1f} nats from it, over {most:.1f}, and has little left to spend"
+            model.lora.delete(policy)
+            begin(model, policy, reference, config, seed)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
-    value = Value(model, reward, scorer) if config.estimator == "gae" else None
+    value = TrainedValue(model, reward, scorer) if config.estimator == "gae" else None
+    if fitted is not None:
+        read: Callable[[Tensor], tuple[Tensor, ...]] = lambda rows: (fitted.inputs(unit, rows, rollout.reply_hidden(model, unit, rows, reference)),)  # noqa: E731
+        with torch.no_grad():
+            (seen,) = over(unit, range(len(unit)), config, read)
+        fitted.fit(seen, lower_bound(scorer(unit), config).to(seen.device), unit.mask)
     trained = list(model.lora.parameters(policy).values())
     groups = [{"params": trained, "lr": config.lr}]
     if value is not None:
@@ -270,31 +218,35 @@ def train_ppo(
     history: list[dict[str, Any]] = []
     kept = Kept(model, policy)
     judged = Judged(config.patience, config.part)
-    last = min(config.updates, config.max_updates or config.updates)
-    stopped, backed_off, practised = f"all {last} updates done", 0, 0
+    last = config.updates
+    stopped, backed_off, practised, first_lap = "", 0, 0, time.monotonic()
     try:
         for update in range(last + 1):  # the last turn only measures what the last update made
+            # What share of the run is over, by whichever of its limits is nearest: steps and KL target follow it.
             lap = time.monotonic()
-            done = max(update / config.updates, practised / config.tokens)
-            final = update == last or done >= 1 or lap - began > config.max_seconds
+            used = {
+                f"all {last} updates done": update / last, f"{config.tokens} tokens were practised": practised / config.tokens,
+                f"{config.max_seconds:g} s were up": (lap - first_lap) / config.max_seconds,
+            }  # fmt: skip
+            limit = max(used, key=lambda name: used[name])
+            done = (*schedule, 1.0)[min(update, len(schedule))] if schedule else used[limit]
+            final = done >= 1
 
             # 2. Rollouts: the policy's own replies, by the engine.
             batch = sample(policy, next(draw), update + 1)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
-            apart = distance(batch)
-            old, kl = apart.logprobs, kl_k1(apart.logprobs, apart.ref_logprobs)  # (B, R) nats
-            kl_reply = float(apart.kl.sum(1).mean())
+            old, ref, entropy, divergence, *seen_by = against_reference(batch)  # (B, R) nats
+            kl, kl_reply = kl_k1(old, ref), float(divergence.sum(1).mean())
 
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members = scorer(batch)  # (B, members)
-            spread = members.std(1) if members.shape[1] > 1 else torch.zeros(len(batch))
             spans = fault_tokens(batch, tokenizer)
             broken = fault_rewards(spans, batch.mask, config.broken_penalty)  # (B, R)
-            scores = (members.mean(1) - config.uncertainty * spread).to(old.device) - config.missing_eos_penalty * batch.cut
+            scores = lower_bound(members, config).to(old.device) - config.missing_eos_penalty * batch.cut
             row: dict[str, Any] = {
-                "update": update, "score": float(members.mean()), "disagreement": float(spread.mean()), "reward": float((scores + broken.sum(1)).mean()),
-                "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(apart.entropy, batch.mask)),
+                "update": update, "done": done, "score": float(members.mean()), "disagreement": float(deviation(members).mean()), "reward": float((scores + broken.sum(1)).mean()),
+                "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(entropy, batch.mask)),
                 "length": float(batch.lengths.float().mean()), "cut": float(batch.cut.float().mean()),
                 "broken": broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)), "distinct2": distinct_n(batch.texts, 2),
                 "engine_gap": float((batch.engine_logprobs - old).abs().max()),
@@ -327,18 +279,23 @@ def train_ppo(
                 judged.best = kept
             if final:
                 history.append(row | {"seconds": time.monotonic() - lap})
-                if update < last:
-                    limit = f"{config.tokens} tokens were practised" if done >= 1 else f"{config.max_seconds:g} s were up"
-                    stopped = f"{limit} after {update} updates"
+                stopped = limit if update == last else f"{limit} after {update} updates"
                 break
 
             # 6. Rewards a token, then advantages.
             if value is None:
-                # The score is the whole reply's; each token answers for its own KL alone, and a fault for the few tokens
-                # that led to it: far less noise than charging every token with all of it, and blind to where tokens lead.
-                better = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()  # (B,)
+                # Each token answers for its own KL alone, and a fault for the few tokens that led to it: far less noise than
+                # charging every token with all of it, and blind to where tokens lead.
+                if fitted is not None:
+                    (seen,) = seen_by
+                    guess = fitted(seen)  # (B, R)
+                    better, _ = gae(token_rewards(scores, kl, batch.mask, 0.0), guess, batch.mask, config.gamma, config.lam)
+                    row["explained_variance"] = explained(scores[:, None].expand(batch.mask.shape), guess, batch.mask)
+                    fitted.fit(seen, scores, batch.mask)
+                else:
+                    better = (leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean())[:, None]
                 local = fault_advantages(spans, batch.mask, config.broken_penalty, config.fault_decay)
-                advantages = torch.where(batch.mask, better[:, None] + local - controller.beta * kl, 0.0)
+                advantages = torch.where(batch.mask, better + local - controller.beta * kl, 0.0)
                 returns = old_values = None
             else:
                 rewards = token_rewards(scores, kl, batch.mask, controller.beta) + broken
@@ -347,14 +304,13 @@ def train_ppo(
                 with torch.no_grad():
                     (old_values,) = over(batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
-                residual = masked_var(returns - old_values, batch.mask)
-                row["explained_variance"] = float(1 - residual / masked_var(returns, batch.mask).clamp(min=1e-8))
+                row["explained_variance"] = explained(returns, old_values, batch.mask)
             if config.whiten_advantages:
                 advantages = whiten(advantages, batch.mask)
 
             # 7. A few passes of clipped updates over minibatches.
             for group, top in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = top * max(0.1, 1 - done)
+                group["lr"] = top * max(0.1, 1 - done) * min(1.0, (update + 1) / config.warmup)
             row |= learn(
                 model, policy, value, mixed, batch, old, advantages, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
@@ -368,12 +324,27 @@ def train_ppo(
             if on_update is not None:
                 on_update(row)
             if progress is not None:
-                progress(max((update + 1) / (last + 1), min(1.0, practised / config.tokens)), f"update {update + 1} of at most {last}, KL {kl_reply:.1f} nats")
+                progress(max(done, (update + 1) / (last + 1)), f"update {update + 1} of at most {last}, KL {kl_reply:.1f} nats")
     finally:
         kept.restore()
         if value is not None:
             model.lora.delete(VALUE)
     return PPOResult(policy, history, stopped, kept.update, kept.kl, time.monotonic() - began, kept.sample, note)
+
+
+def deviation(members: Tensor) -> Tensor:
+    """(B, members) -> (B,): their standard deviation, 0 where there is one."""
+    return members.std(1) if members.shape[1] > 1 else torch.zeros(len(members))
+
+
+def lower_bound(members: Tensor, config: PPOConfig) -> Tensor:
+    """(B, members) -> (B,): the score that is optimised, their mean less `uncertainty` deviations (Coste et al. 2023)."""
+    return members.mean(1) - config.uncertainty * deviation(members)
+
+
+def explained(returns: Tensor, values: Tensor, mask: Tensor) -> float:
+    """Share of the returns' variance that the values foresee; below 0 where they mislead."""
+    return float(1 - masked_var(torch.where(mask, returns - values, 0.0), mask) / masked_var(returns, mask).clamp(min=1e-8))
 
 
 def begin(model: CausalModel, policy: str, start: str | None, config: PPOConfig, seed: int) -> None:
@@ -385,7 +356,7 @@ def begin(model: CausalModel, policy: str, start: str | None, config: PPOConfig,
 
 
 def learn(
-    model: CausalModel, policy: str, value: Value | None, mixed: Mixed | None, batch: Trajectories, old: Tensor, advantages: Tensor,
+    model: CausalModel, policy: str, value: TrainedValue | None, mixed: Mixed | None, batch: Trajectories, old: Tensor, advantages: Tensor,
     old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
     config: PPOConfig, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
@@ -436,13 +407,14 @@ def learn(
 def over(
     batch: Trajectories, rows: Sequence[int], config: PPOConfig, compute: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """`compute` on chunks of rows, its (n, R') results put together as (B, R), 0 elsewhere."""
+    """`compute` on chunks of rows, its (n, R', ...) results put together as (B, R, ...), 0 elsewhere."""
     whole: list[Tensor] = []
     for chunk in rollout.chunks(batch, rows, config.chunk_tokens):
         for i, part in enumerate(compute(chunk)):
             if i == len(whole):
-                whole.append(torch.zeros(batch.mask.shape, device=batch.mask.device))
-            whole[i][chunk, : part.shape[1]] = torch.where(batch.mask[chunk, : part.shape[1]], part, 0.0)
+                whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], device=batch.mask.device))
+            real = batch.mask[chunk, : part.shape[1]]
+            whole[i][chunk, : part.shape[1]] = torch.where(real.view(*real.shape, *[1] * (part.dim() - 2)), part, 0.0)
     return tuple(whole)
 
 

@@ -45,7 +45,7 @@ Progress = Callable[[float, str], None]
 
 
 class RewardDiverged(Exception):
-    """Fitting met a number that is not finite; the round must be dropped."""
+    """Fitting or scoring met a number that is not finite; the round must be dropped."""
 
 
 class Member(nn.Module):

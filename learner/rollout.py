@@ -150,11 +150,11 @@ def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter:
     return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
-def reply_logits(
-    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits / temperature (N, V) of the real reply tokens of `rows`, those tokens (N,), and where they lie: (n, R') bool."""
-    hidden = reply_hidden(model, batch, rows, adapter)
+def reply_logits(model: CausalModel, batch: Trajectories, rows: Tensor, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits / temperature (N, V) of the real reply tokens of `rows`, those tokens (N,), and where they lie: (n, R') bool.
+
+    hidden: `reply_hidden` of them.
+    """
     mask = batch.mask[rows, : hidden.shape[1]]
     return model.logits(hidden[mask]) / temperature, batch.tokens[rows, : hidden.shape[1]][mask], mask
 
@@ -166,7 +166,7 @@ def reply_logprobs(
 
     (n, R') nats, 0 outside the mask.
     """
-    logits, tokens, mask = reply_logits(model, batch, rows, adapter, temperature)
+    logits, tokens, mask = reply_logits(model, batch, rows, reply_hidden(model, batch, rows, adapter), temperature)
     return laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none"))
 
 
@@ -178,6 +178,7 @@ class Divergence:
     ref_logprobs: Tensor  # and under the reference
     entropy: Tensor  # of the policy where each token was chosen
     kl: Tensor  # KL(policy, reference) where each token was chosen, summed over the whole vocabulary
+    ref_hidden: Tensor  # (n, R', D), no nats: the reference's states before each token
 
 
 @torch.no_grad()
@@ -189,8 +190,9 @@ def reply_divergence(
     A reply's sum of `kl` has the mean of its sum of log p - log q, the KL of whole replies, with less noise: what the tokens
     drawn add to it is averaged out (Rao-Blackwell; Amini et al. 2025, "Better Estimation of the KL Divergence").
     """
-    logits, tokens, mask = reply_logits(model, batch, rows, adapter, temperature)
-    ref, _, _ = reply_logits(model, batch, rows, reference, temperature)
+    logits, tokens, mask = reply_logits(model, batch, rows, reply_hidden(model, batch, rows, adapter), temperature)
+    ref_hidden = reply_hidden(model, batch, rows, reference)
+    ref, _, _ = reply_logits(model, batch, rows, ref_hidden, temperature)
     entropy, kl = torch.zeros(len(tokens), device=tokens.device), torch.zeros(len(tokens), device=tokens.device)
     for part in torch.arange(len(tokens), device=tokens.device).split(256):  # a vocabulary may be large
         p, q = logits[part].log_softmax(-1), ref[part].log_softmax(-1)
@@ -198,7 +200,7 @@ def reply_divergence(
         kl[part] = (p.exp() * (p - q)).sum(-1)
     return Divergence(
         laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none")), laid_out(mask, -F.cross_entropy(ref, tokens, reduction="none")),
-        laid_out(mask, entropy), laid_out(mask, kl),
+        laid_out(mask, entropy), laid_out(mask, kl), ref_hidden,
     )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ class Learner:
             reward.save(directory / "reward")
             lap.mark("save_s")
 
-            # 4. PPO.
+            # 4. PPO; run again, it goes by the shares of the run that its updates had then.
             def curve(row: dict[str, Any]) -> None:
                 for name, value in row.items():
                     if name != "update" and isinstance(value, int | float):
@@ -178,7 +178,7 @@ class Learner:
             result = train_ppo(
                 self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=ppo, start=start,
                 reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
-                demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats],
+                schedule=record.get("schedule", ()), demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats],
             )  # fmt: skip
             lap.mark("ppo_s")
             record["ppo"] = {
@@ -355,7 +355,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     """Run round `n` again from its recorded votes, seed, settings and start; publish nothing; compare.
 
     Same means: the same data digest, and the same adapter bit for bit where the round published one. Wall-clock limits
-    are replaced by the number of updates that were done. Raises FileNotFoundError, RoundStopped when votes are gone.
+    are replaced by what they came to then. Raises FileNotFoundError, RoundStopped when votes are gone.
     """
     from learner import demonstrations  # which needs this module first
     from store.store import Store
@@ -363,8 +363,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     files, registry = RoundFiles(data_dir / "rounds"), AdapterRegistry(data_dir / "adapters")
     old = files.read(n)
     config = LearnerConfig.from_dict(old["config"])
-    if old.get("ppo"):
-        config = replace(config, ppo=replace(config.ppo, max_seconds=math.inf, max_updates=old["ppo"]["updates"]))
+    schedule = [row["done"] for row in (old.get("ppo") or {}).get("history", ())]
     if finetuning := old.get("kind") == "sft":
         config = replace(config, sft=replace(config.sft, max_seconds=math.inf, max_steps=(old.get("sft") or {}).get("steps", 0)))
     with Store.open(data_dir, read_only=True) as store:
@@ -376,7 +375,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     learner = Learner.load(source, config, files, registry)
     record = {
         key: old[key] for key in ("round", "seed", "parent", "base_model", "last_seq")
-    } | {"config": config.to_dict(), "timings": {}, "reward": None, "ppo": None, "gate": None}  # fmt: skip
+    } | {"config": config.to_dict(), "timings": {}, "schedule": schedule, "reward": None, "ppo": None, "gate": None}  # fmt: skip
     digest, state = None, None
     with tempfile.TemporaryDirectory() as scratch:
         try:

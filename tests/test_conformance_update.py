@@ -28,12 +28,14 @@ from engine.tokenizer import ChatTokenizer
 from learner import ppo, rollout
 from learner import round as round_module
 from learner.config import PPOConfig, RewardConfig
-from learner.ppo import VALUE, Scorer, Value, learn, train_ppo
+from learner.ppo import learn, train_ppo
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.round import close_unfinished, replay_round
+from learner.scorer import Scorer
 from learner.sft import SFTConfig, encode_text, train
 from learner.text_checks import faults
+from learner.value import VALUE, FittedValue, TrainedValue
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
 from store.store import Store
@@ -43,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 CONFIG = PPOConfig(
     updates=2, prompts_per_update=3, replies_per_prompt=4, max_new_tokens=10, epochs=1, minibatches=1, lora_r=4, lora_alpha=8, lr=2e-3,
     temperature=0.7, kl_coef=0.2, kl_target=3.0, kl_ceiling=1e6, uncertainty=0.5, missing_eos_penalty=1.5, broken_penalty=0.5,
-    gamma=0.98, lam=0.9, max_seconds=600.0,
+    gamma=0.98, lam=0.9, max_seconds=600.0, restart=1e6, warmup=1,
 )  # fmt: skip
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Thanks!"]
 
@@ -205,7 +207,7 @@ def close(ours: Tensor, rows: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("whitened", [True, False])
-@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+@pytest.mark.parametrize("estimator", ["gae-ls", "gae", "rloo"])
 def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     model: CausalModel, tokenizer: ChatTokenizer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str, whitened: bool
 ) -> None:
@@ -213,7 +215,8 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     far(model, "reference", seed=2, size=0.03)
     model.lora.save("reference", tmp_path / "reference")
     config = replace(CONFIG, estimator=estimator, whiten_rewards=whitened, whiten_advantages=whitened)
-    watched = Watched(monkeypatch, tmp_path)
+    watched, guesses, guess = Watched(monkeypatch, tmp_path), list[Tensor](), FittedValue.__call__
+    monkeypatch.setattr(FittedValue, "__call__", lambda self, seen: (guesses.append(guess(self, seen)), guesses[-1])[1])  # test_value has what it says
     reward = Planted.create(model, RewardConfig(members=2, lora_r=4), 2)
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
     unit = watched.batches[0]
@@ -240,6 +243,11 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
             better = [scores[i] - (sum(scores[i - i % n : i - i % n + n]) - scores[i]) / (n - 1) for i in range(len(scores))]
             advantages = [[a + f - beta * k for k, f in zip(*rows, strict=True)] for a, *rows in zip(better, kl, local, strict=True)]
             assert given["returns"] is given["old_values"] is None
+        elif estimator == "gae-ls":
+            values = [row[: len(c)].tolist() for row, c in zip(guesses[update], batch.completions, strict=True)]
+            gains = [gae_by_hand([0.0] * (len(v) - 1) + [a], v, config.gamma, config.lam) for a, v in zip(scores, values, strict=True)]
+            advantages = [[a + f - beta * k for a, f, k in zip(*rows, strict=True)] for rows in zip(gains, local, kl, strict=True)]
+            assert given["returns"] is given["old_values"] is None and max(abs(v) for row in values for v in row) > 0.1
         else:
             rewards = [[c - beta * k for k, c in zip(*rows, strict=True)] for rows in zip(kl, costs, strict=True)]
             for row, score in zip(rewards, scores, strict=True):
@@ -262,7 +270,7 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=20), prompts_of(tokenizer), version="p", group=4, max_tokens=10, temperature=0.7, seed=1)
     reward = RewardModel.create(model, RewardConfig(members=1, lora_r=4), 1)
     torch.nn.init.normal_(reward.members[0].head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    value = Value(model, reward, Scorer(reward, batch))
+    value = TrainedValue(model, reward, Scorer(reward, batch))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         new = rollout.reply_logprobs(model, batch, torch.arange(20), "p", 0.7)

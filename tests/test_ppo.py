@@ -25,8 +25,6 @@ from learner.ppo import (
     Mixed,
     PPOError,
     PPOResult,
-    Scorer,
-    Value,
     fault_advantages,
     fault_rewards,
     fault_tokens,
@@ -36,8 +34,10 @@ from learner.ppo import (
     prompt_batches,
     train_ppo,
 )
-from learner.reward import RewardModel
+from learner.reward import RewardDiverged, RewardModel
 from learner.rollout import Trajectories, collect, reply_logprobs
+from learner.scorer import Scorer
+from learner.value import TrainedValue
 
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
 SMALL = PPOConfig(
@@ -93,7 +93,7 @@ def test_at_step_zero_kl_is_zero_and_the_ratio_is_one(model: CausalModel, tokeni
     assert first["engine_gap"] < 1e-3  # the engine's temperature and the training pass's are the same
 
 
-@pytest.mark.parametrize("estimator", ["gae", "rloo", "reinforce"])
+@pytest.mark.parametrize("estimator", ["gae-ls", "gae", "rloo", "reinforce"])
 def test_a_planted_reward_is_really_raised(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], estimator: str) -> None:
     engine = Engine(model, tokenizer, max_sequences=60)
 
@@ -147,21 +147,20 @@ def test_over_the_ceiling_it_goes_on_from_the_last_good_state_with_smaller_steps
     assert result.kept_update > over[0] and result.kl <= 2.0
 
 
-def test_a_start_over_the_ceiling_is_left_for_the_reference(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+def test_a_start_that_has_spent_its_nats_is_left_for_the_reference(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     model.lora.create("far", r=4, seed=0)
     with torch.no_grad():
         for p in model.lora.parameters("far").values():
             p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     reward = reward_for(model, even_share)
-    low = replace(SMALL, updates=1, kl_target=1.0, kl_ceiling=1.0)
-    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=low, start="far")
-    assert result.history[0]["kl"] == 0.0 and "over the ceiling of 1.0" in str(result.note)
+    spent = replace(SMALL, updates=1, kl_target=1.0, restart=0.5)
+    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=spent, start="far")
+    assert result.history[0]["kl"] == 0.0 and "nats from it, over 0.5" in str(result.note)
     model.lora.delete("p")
-    high = replace(low, kl_target=1e3)
-    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=high, start="far")
+    result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=replace(spent, kl_target=1e3), start="far")
     assert result.history[0]["kl"] > 1.0 and result.note is None
     model.lora.delete("p")
-    named = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=low, start="far", reference="far")
+    named = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=spent, start="far", reference="far")
     assert named.history[0]["kl"] == 0.0 and named.note is None  # measured against the reference that was named, not against the base
 
 
@@ -175,7 +174,7 @@ def test_a_score_that_is_not_finite_ends_the_run_and_leaves_the_start(
         calls.append(1)
         return bad if len(calls) > 2 * 16 else even_share(completion)  # the unit and update 0 are fine
 
-    with pytest.raises(PPOError, match="not a finite number"):
+    with pytest.raises(RewardDiverged, match="not a finite number"):
         train_ppo(model, tokenizer, reward_for(model, turns_bad), prompts=prompts, policy="p", config=SMALL)
     ups = [p for name, p in model.lora.parameters("p").items() if "lora_B" in name]
     assert all((p == 0).all() for p in ups)  # update 1's policy was never measured, so it is not kept
@@ -262,6 +261,23 @@ def test_time_ends_a_run_between_updates(model: CausalModel, tokenizer: ChatToke
     assert result.kept_update == 0 and "were up" in result.stopped
 
 
+def test_steps_grow_in_the_warm_up_and_shrink_with_whatever_runs_out_first(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: (rates.append(self.param_groups[0]["lr"]), step(self, *rest))[1])
+    config = replace(SMALL, estimator="gae-ls", updates=8, warmup=2, lr=1.0e-3)
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config, schedule=[0.0, 0.25, 0.5, 1.0])
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3]) and [row["done"] for row in result.history] == [0.0, 0.25, 0.5, 1.0]
+    rates.clear()
+    clock = replace(config, warmup=1, max_seconds=3.0)  # a clock that only the test moves: a second an update
+    now = iter(range(10**6))
+    monkeypatch.setattr("learner.ppo.time.monotonic", lambda: float(next(now)))
+    slow = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="q", config=clock)
+    assert slow.stopped.startswith("3 s were up after") and rates == pytest.approx([1e-3 * max(0.1, 1 - row["done"]) for row in slow.history[:-1]])
+
+
 def test_a_budget_of_practised_tokens_ends_a_run(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     def run(tokens: int) -> PPOResult:
         return train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy=f"p{tokens}", config=replace(SMALL, updates=3, tokens=tokens))
@@ -311,7 +327,7 @@ def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: Ca
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
     scorer = Scorer(reward, batch)
     with torch.no_grad():
-        values = Value(model, reward, scorer)(batch, torch.arange(12))
+        values = TrainedValue(model, reward, scorer)(batch, torch.arange(12))
     prefixes = [c[:5] for c in batch.completions]
     liked = (reward.score(batch.prompts, prefixes)[:, 0] - scorer.good[0]) / 2 - math.log(2)  # log sigmoid, to first order
     scores = (liked - scorer.mean[0]) / scorer.std[0]

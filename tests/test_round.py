@@ -218,6 +218,14 @@ def test_the_next_round_starts_from_the_live_version(published: tuple, model: Ca
     assert model.lora.names() == []  # a round leaves nothing in the model
 
 
+def test_a_round_that_left_a_far_live_version_for_the_reference_says_so(published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    data_dir, record, _ = published
+    near = replace(QUICK, ppo=replace(QUICK.ppo, kl_target=1e-9, kl_ceiling=1.0))
+    with Store.open(data_dir, read_only=True) as store:
+        second = run(learner_on(data_dir, model, tokenizer, near), store.voted_comparisons(), live=record["version"])
+    assert second["ppo"]["note"].startswith("began at the reference: the live version is") and record["ppo"]["note"] is None
+
+
 def test_votes_that_show_no_taste_start_no_ppo(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
     with Store.open(tmp_path) as store:
         vote_on(store, tokenizer, 16, clear=False)

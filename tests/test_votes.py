@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks.votes import People, lines, summary, votes_for
+from benchmarks.votes import People, kept, lines, summary, votes_for
 from learner.tastes import taste_named
 from store.records import Comparison, Completion
 
@@ -56,3 +59,13 @@ def test_the_chart_takes_medians_over_seeds_and_the_better_rate_of_dpo() -> None
 
     found = lines([both(60, 0.9, 0.5, 0.6, 0), both(30, 0.7, 0.4, 0.2, 0), both(60, 0.7, 0.8, 0.6, 1), both(30, 0.8, 0.4, 0.5, 1)])
     assert found == {"Plaudit": [(30, 0.75, 2.0), (60, 0.8, 2.0)], "DPO": [(30, 0.45, 20.5), (60, 0.7, 20.5)]}
+
+
+def test_a_course_is_taken_from_its_file_only_when_it_is_whole_there(tmp_path: Path) -> None:
+    file, asked = tmp_path / "rows.jsonl", {"taste": "list", "seed": 0}
+    assert kept(file, asked, [30, 60]) == [] == kept(None, asked, [30])
+    rows = [row(30, 0.7), row(30, 0.8), row(60, 0.9, seed=1), row(60, 0.9, taste="formal")]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert kept(file, asked, [30, 60]) == []
+    file.write_text(file.read_text() + json.dumps(row(60, 0.95)) + "\n")
+    assert [r["share"] for r in kept(file, asked, [30, 60])] == [0.8, 0.95]
