@@ -28,7 +28,7 @@ def model(tiny_llama: Path) -> CausalModel:
 def replies(model: CausalModel, tokenizer: ChatTokenizer, count: int, seed: int) -> Trajectories:
     draw = torch.Generator().manual_seed(seed)
     prompts = [tokenizer.render([{"role": "user", "content": q}]) for q in ("Hi", "Tell me about the moon.", "Why?")]
-    said = [torch.randint(5, 400, (int(torch.randint(1, 9, (1,), generator=draw)),), generator=draw).tolist() + [1] for _ in range(count)]
+    said = [[*torch.randint(5, 400, (int(torch.randint(1, 9, (1,), generator=draw)),), generator=draw).tolist(), 1] for _ in range(count)]
     return rollout.collect(
         [prompts[i % 3] for i in range(count)], said, texts=[""] * count, finish_reasons=["stop"] * count, logprobs=[[0.0] * len(s) for s in said],
         group=1, pad_id=model.pad_id,
