@@ -60,12 +60,12 @@ class PPOResult:
 class KLController:
     """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2).
 
-    Here the target moves from where the run begins to its place over the first quarter of it, and beta stays above a tenth of where it
+    Here the target moves from where the run begins to its place over the first quarter of it, and beta stays above a third of where it
     began. Most runs begin at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
     """
 
     def __init__(self, beta: float, target: float, horizon: float) -> None:
-        self.beta, self.least, self.target, self.horizon = beta, beta / 10, target, horizon
+        self.beta, self.least, self.target, self.horizon = beta, beta / 3, target, horizon
         self.begun: float | None = None  # nats at the first update
 
     def update(self, kl: float, replies: int, done: float = 1.0) -> None:

@@ -221,7 +221,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
     unit = watched.batches[0]
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
-    least, begun = beta / 10, 0.0
+    least, begun = beta / 3, 0.0
     assert len(watched.given) == 2
     for update, given in enumerate(watched.given):
         batch = given["batch"]
