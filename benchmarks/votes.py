@@ -140,6 +140,7 @@ def kept(file: Path | None, wanted: dict[str, Any], votes: Sequence[int]) -> lis
 def course(taste: str, seed: int, peer: Path | None, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a number of votes. peer: the interpreter with TRL, where DPO shall learn beside us. Raises ContestError."""
     asked = {"taste": taste, "seed": seed, "noise": args.noise, "careless": args.careless, "threads": args.threads, "set": args.set}
+    asked |= {"held_out": args.held_out, "model": Path(args.model).name}
     if (known := kept(args.rows, asked, args.votes)) and (peer is None or all("dpo" in row for row in known)):
         return known
     config = LearnerConfig().override({"seed": str(seed), "threads": str(args.threads)} | dict(s.split("=", 1) for s in args.set))

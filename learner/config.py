@@ -101,6 +101,8 @@ class PPOConfig:
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
         _need(self.max_seconds > 0, "ppo.max_seconds must be positive")
+        _need(self.warmup >= 1, "ppo.warmup must be at least 1")
+        _need(self.restart >= 0, "ppo.restart must not be negative")
         _need(self.kl_target > 0 and self.kl_ceiling >= 1, "ppo.kl_target must be positive, ppo.kl_ceiling at least 1")
 
 

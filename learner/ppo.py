@@ -5,7 +5,7 @@ valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure th
 good one of the reference's (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
 token where it broke (`learner/text_checks.py`), so that the few tokens before it answer for it and not the whole reply.
 
-One base model is in memory; the policy, the reward members, the value function and (where there is one) the reference
+One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
 are adapters on it. Rollouts come from the engine that serves people. Owns the update and when to stop it; does not own
 the formulas (`learner/losses.py`, `learner/advantages.py`), sampling (`learner/rollout.py`), whether the result is good
 enough (`learner/gate.py`) or files.
@@ -203,10 +203,9 @@ def train_ppo(
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
     value = TrainedValue(model, reward, scorer) if config.estimator == "gae" else None
     if fitted is not None:
-        read: Callable[[Tensor], tuple[Tensor, ...]] = lambda rows: (fitted.inputs(unit, rows, rollout.reply_hidden(model, unit, rows, reference)),)  # noqa: E731
         with torch.no_grad():
-            (seen,) = over(unit, range(len(unit)), config, read)
-        fitted.fit(seen, lower_bound(scorer(unit), config).to(seen.device), unit.mask)
+            (seen,) = over(unit, range(len(unit)), config, lambda r: (fitted.inputs(unit, r, rollout.reply_hidden(model, unit, r, reference)),))
+        fitted.fit(seen, lower_bound(scorer.unit, config).to(seen.device), unit.mask)
     trained = list(model.lora.parameters(policy).values())
     groups = [{"params": trained, "lr": config.lr}]
     if value is not None:

@@ -31,6 +31,7 @@ class Scorer:
         inner = grouped - grouped.mean(1, keepdim=True) if reference.group > 1 else grouped - self.mean
         freedom = max(1, len(raw) - (len(grouped) if reference.group > 1 else 1))
         self.std = ((inner**2).sum((0, 1)) / freedom).sqrt().clamp(min=1e-4)
+        self.unit = (liked - self.mean) / self.std  # (B, members), of the reference's own replies
 
     def __call__(self, batch: Trajectories) -> Tensor:
         """(B, members), in deviations of the reference's replies; their mean is 0."""

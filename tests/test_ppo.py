@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
-from learner.config import PPOConfig, RewardConfig
+from learner.config import ConfigError, PPOConfig, RewardConfig
 from learner.ppo import (
     Kept,
     KLController,
@@ -404,3 +404,9 @@ def test_a_kept_policy_comes_back_bit_for_bit(model: CausalModel) -> None:
             p.fill_(math.nan)
     kept.restore()
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, "p"), strict=True))
+
+
+@pytest.mark.parametrize("setting", [{"warmup": 0}, {"restart": -0.1}, {"max_seconds": 0.0}])
+def test_settings_that_no_run_can_have_are_named(setting: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=f"ppo.{next(iter(setting))} must"):
+        replace(SMALL, **setting)
