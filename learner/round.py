@@ -201,8 +201,9 @@ class Learner:
     def publish(self, record: dict[str, Any]) -> str:
         """Make adapter POLICY the next version; its name."""
         ids = self.tokenizer.render([{"role": "user", "content": PROBE}])
+        restarted = bool((record["ppo"] or {}).get("note"))  # then it was made from the reference, not from the live version
         fields = {
-            "parent": record["parent"], "round": record["round"], "kind": record["kind"], "base_digest": self.model.digest,
+            "parent": record["reference"] if restarted else record["parent"], "round": record["round"], "kind": record["kind"], "base_digest": self.model.digest,
             "base_model": record["base_model"], "data_digest": record["data_digest"], "seed": record["seed"],
             "gate": finite(record["gate"]), "probe": probe(self.model, POLICY, ids), "reference": record["reference"],
         }  # fmt: skip

@@ -220,9 +220,11 @@ def test_the_next_round_starts_from_the_live_version(published: tuple, model: Ca
 
 def test_a_round_that_left_a_far_live_version_for_the_reference_says_so(published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
     data_dir, record, _ = published
-    near = replace(QUICK, ppo=replace(QUICK.ppo, kl_target=1e-9, kl_ceiling=1.0))
+    anew = replace(QUICK, ppo=replace(QUICK.ppo, restart=0.0))
     with Store.open(data_dir, read_only=True) as store:
-        second = run(learner_on(data_dir, model, tokenizer, near), store.voted_comparisons(), live=record["version"])
+        second = run(learner_on(data_dir, model, tokenizer, anew), store.voted_comparisons(), live=record["version"])
+    assert second["state"] == "published" and second["parent"] == record["version"] and second["ppo"]["history"][0]["kl"] == 0.0
+    assert AdapterRegistry(data_dir / "adapters").manifest(second["version"]).parent == "base"  # what it was made from
     assert second["ppo"]["note"].startswith("began at the reference: the live version is") and record["ppo"]["note"] is None
 
 
