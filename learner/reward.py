@@ -21,25 +21,23 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.features import COUNTS, feature_count, reply_features
 from engine.lora import AdapterError
 from engine.model import CausalModel
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split
+from learner.heads import HeldOut, knows_level, linear_probe
 from learner.losses import outside_option, preference_loss
 from learner.metrics import pair_accuracy
 from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
-COUNT_FAVOUR = 8.0  # a few numbers among hundreds would hardly be heard
 HEADS, ABOUT = "heads.safetensors", "reward.json"
 Progress = Callable[[float, str], None]
 
@@ -293,68 +291,6 @@ def base_features(reward: RewardModel, examples: Sequence[RankedExample]) -> lis
     return list(features.split([len(e.completions_ids) for e in examples]))
 
 
-class Probe(NamedTuple):
-    """A head: weights (F,) over `features_of`, the bias, and the outside option's score, in the same units."""
-
-    weight: Tensor
-    bias: Tensor
-    level: Tensor
-
-
-def linear_probe(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], weights: Tensor, ridge: float, counts: int = 0
-) -> Probe:
-    """The ridge-penalised Bradley-Terry model with an outside option on fixed features; a tie is half a win each way.
-
-    features: (K, F) an example. Features are standardised and the penalty is `ridge` / 2 |w|^2 with them scaled by
-    1 / sqrt(F), so that `ridge` means the same for every model. The last `counts` features are pairs x, x^2: of the square only
-    what a line through x leaves of it is used, and both are scaled up by COUNT_FAVOUR, which makes them that much cheaper.
-    Convex: L-BFGS finds the one optimum. The bias puts the mean score of the replies shown at
-    0 (Ouyang et al. 2022). The level (`losses.outside_option`) has no penalty; see `knows_level` for when it is there.
-    At least one of the examples must state a preference or a tie.
-    """
-    shown = torch.cat([own[: e.shown] for e, own in zip(examples, features, strict=True)]).double()
-    mean, first = shown.mean(0), shown.shape[1] - counts
-    mix = torch.eye(shown.shape[1], dtype=torch.float64)  # features @ mix are those that are fitted
-    for i in range(first, first + counts, 2):
-        x = shown[:, i] - mean[i]
-        mix[i, i + 1] = -(x @ shown[:, i + 1]) / (x @ x).clamp(min=1e-12)
-    scale = (shown @ mix).std(0).clamp(min=1e-6) * shown.shape[1] ** 0.5
-    scale[first:] /= COUNT_FAVOUR
-    mix /= scale
-    z = F.pad((torch.cat(list(features)).double() - mean) @ mix, (0, 1, 0, 1))
-    z[-1, -1] = 1.0  # the outside option comes last: no features, but a score of its own
-    outside, start, both = len(z) - 1, 0, knows_level(examples)
-    pairs: list[tuple[int, int, float]] = []  # rows of winner and loser, and what their difference weighs
-    for example, own, weight in zip(examples, features, weights.tolist(), strict=True):
-        wins = [(w, x, 1.0) for w, x in example.stated] + [(i, j, 0.5) for a, b in example.tied for i, j in ((a, b), (b, a))]
-        total = sum(share for _, _, share in wins)
-        pairs += [(start + winner, start + loser, weight * share / total) for winner, loser, share in wins]
-        if both:
-            pairs += [(start + i, outside, weight / example.shown / len(example.accepted)) for i in example.accepted]
-            pairs += [(outside, start + i, weight / example.shown) for i in example.refused]
-        start += len(own)
-    winners, losers, shares = zip(*pairs, strict=True)
-    d, weighted = z[list(winners)] - z[list(losers)], torch.tensor(shares, dtype=torch.float64)  # (P, F + 1), (P,)
-    w = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = weighted @ F.softplus(-(d @ w)) + ridge / 2 * (w[:-1] @ w[:-1])
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    head = (mix @ w.detach()[:-1]).float()
-    return Probe(head, -(head @ mean.float()), w.detach()[-1].float())
-
-
-def knows_level(examples: Sequence[RankedExample]) -> bool:
-    """Whether the votes say both that some replies are good enough and that some are not: one alone has no finite level."""
-    return any(e.accepted for e in examples) and any(e.refused for e in examples)
-
-
 def comparisons_loss(
     scores: Tensor, examples: Sequence[RankedExample], log_nu: Tensor | None, weights: Tensor, level: Tensor | None = None
 ) -> Tensor:
@@ -470,19 +406,6 @@ def mean_loss(parts: Sequence[Tested]) -> float:
     return sum(losses) / max(1, len(losses))
 
 
-def choose_ridge(examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float) -> float:
-    """Of `least` and 4, 16, 64, 256 times that, the penalty with the lowest pooled held-out loss of the heads alone.
-
-    Clear tastes want a small one, noisy votes a large one that keeps the scores from boasting.
-    """
-    losses = []
-    for ridge in (least * 4**i for i in range(5)):
-        scores = held_out_heads(examples, features, split, ridge)
-        rows = [(examples[j], torch.tensor(own)) for j, own in scores.items()]
-        losses.append((sum(e.weight * preference_loss(own, e.strict, []).item() for e, own in rows), ridge))
-    return min(losses)[1]
-
-
 def learning_curve(
     examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float, seed: int, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
 ) -> list[dict[str, float]]:
@@ -496,25 +419,12 @@ def learning_curve(
     for part in parts:
         folds = [Fold(tuple(order[: max(1, round(part * len(order)))]), fold.test) for order, fold in zip(orders, split.folds, strict=True)]
         fitted = [fold for fold in folds if any(examples[j].strict or examples[j].tied for j in fold.train)]
-        scores = held_out_heads(examples, features, replace(split, folds=tuple(fitted)), ridge)
+        scores = HeldOut(examples, features, replace(split, folds=tuple(fitted)), COUNTS).scores(examples, ridge)
         right = [found for j, own in scores.items() if (found := pair_accuracy(own, examples[j].groups)) is not None]
         if right:
             votes = sum(len(fold.train) for fold in fitted) / len(fitted)
             curve.append({"votes": round(votes), "accuracy": round(sum(right) / len(right), 4)})
     return curve
-
-
-def held_out_heads(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float
-) -> dict[int, list[float]]:
-    """Scores (K,) of every tested example, by its index, under heads fitted to the other folds."""
-    scores: dict[int, list[float]] = {}
-    for fold in split.folds:
-        train = [examples[j] for j in fold.train]
-        weights = torch.tensor([e.weight for e in train])
-        head, bias, _ = linear_probe(train, [features[j] for j in fold.train], weights, ridge, COUNTS)
-        scores |= {j: (features[j] @ head + bias).tolist() for j in fold.test}
-    return scores
 
 
 def weigh(
@@ -525,13 +435,13 @@ def weigh(
     Twice: by held-out scores of heads that took all votes alike, then of heads that weighed them. The second pays where
     many are off: with one contrary voter in five, the first heads know too little to tell who it is.
     """
-    examples, voters = list(examples), dict[str, Voter]()
-    ridge, people = choose_ridge(examples, features, split, least), len({e.voter for e in examples})
+    examples, voters, heads = list(examples), dict[str, Voter](), HeldOut(examples, features, split, COUNTS)
+    ridge, people = heads.choose_ridge(examples, least), len({e.voter for e in examples})
     for _ in range(2 if people > 2 else 1):
-        voters = weigh_voters(examples, held_out_heads(examples, features, split, ridge))
+        voters = weigh_voters(examples, heads.scores(examples, ridge))
         if people > 1:
             examples = weighted(examples, voters)
-            ridge = choose_ridge(examples, features, split, least)
+            ridge = heads.choose_ridge(examples, least)
     return examples, voters, ridge
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.optimize import minimize
 
+from engine.features import COUNTS
 from learner.data import RankedExample, split_folds
+from learner.heads import HeldOut, linear_probe
 from learner.reliability import (
     FREE,
     STRENGTH,
@@ -26,7 +28,7 @@ from learner.reliability import (
     weigh_voters,
     weighted,
 )
-from learner.reward import choose_ridge, linear_probe, weigh
+from learner.reward import weigh
 
 
 def example(n: int, voter: str, best: int, k: int = 2, prompt: str | None = None) -> RankedExample:
@@ -228,9 +230,9 @@ def held_out_losses(seed: int, odd: str, each: int = 30) -> tuple[float, float, 
     good = [i for i, e in enumerate(examples) if e.voter != "v4"]
     few, fewer = [examples[i] for i in good], [features[i] for i in good]
     return (
-        loss(examples, features, choose_ridge(examples, features, split, 0.1)),
+        loss(examples, features, HeldOut(examples, features, split, COUNTS).choose_ridge(examples, 0.1)),
         loss(better, features, ridge),
-        loss(few, fewer, choose_ridge(few, fewer, split_folds(few, 4, 0), 0.1)),
+        loss(few, fewer, HeldOut(few, fewer, split_folds(few, 4, 0), COUNTS).choose_ridge(few, 0.1)),
     )
 
 

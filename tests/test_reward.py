@@ -13,23 +13,22 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import kstest
 
+from engine.features import COUNTS
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split, split_folds
+from learner.heads import HeldOut, linear_probe
 from learner.metrics import pair_accuracy
 from learner.reward import (
     Fit,
     RewardDiverged,
     RewardModel,
     base_features,
-    choose_ridge,
     comparisons_loss,
     cross_validate,
     fit_members,
-    held_out_heads,
     learning_curve,
-    linear_probe,
 )
 
 QUIET = lambda fraction, message: None  # noqa: E731
@@ -415,7 +414,7 @@ def test_clear_tastes_get_a_small_penalty_and_noise_a_large_one(model: CausalMod
     features = base_features(RewardModel.create(model, SMALL, 1), clear)
     noise = [replace(e, groups=((best := rng.randrange(3),), tuple(i for i in range(3) if i != best))) for e in clear]
     split = split_folds(clear, 3, 0)
-    assert choose_ridge(clear, features, split, 0.01) < choose_ridge(noise, features, split, 0.01)
+    assert HeldOut(clear, features, split, COUNTS).choose_ridge(clear, 0.01) < HeldOut(noise, features, split, COUNTS).choose_ridge(noise, 0.01)
 
 
 def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
@@ -431,7 +430,7 @@ def test_the_learning_curve_rises_with_votes_and_ends_at_the_heads_own_accuracy(
     features = base_features(RewardModel.create(model, SMALL, 1), examples)
     curve = learning_curve(examples, features, split, 0.01, seed=0)
     assert [point["votes"] for point in curve] == [8, 16, 24, 32]
-    heads = held_out_heads(examples, features, split, 0.01)
+    heads = HeldOut(examples, features, split, COUNTS).scores(examples, 0.01)
     right = [pair_accuracy(scores, examples[i].groups) for i, scores in heads.items()]
     assert curve[-1]["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-4)
     assert curve[-1]["accuracy"] >= curve[0]["accuracy"] and curve[-1]["accuracy"] > 0.8
