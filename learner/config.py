@@ -63,7 +63,7 @@ class PPOConfig:
     minibatches: int = 2
     lora_r: int = 16
     lora_alpha: int = 32
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     value_lr: float = 1e-3
     warmup: int = 3  # updates over which the step size grows: Adam's first steps are as large as its largest, whatever the gradient
     max_grad_norm: float = 1.0
@@ -80,8 +80,8 @@ class PPOConfig:
     back_offs: int = 3  # how often it goes on from there, with half the step, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
-    broken_penalty: float = 16.0  # reward of a fault that `learner/text_checks.py` finds, at the token where it shows
-    fault_decay: float = 0.8  # how far back before a fault its tokens answer for it, a token (rloo; gae has lam)
+    broken_penalty: float = 10.0  # reward of a fault that `learner/text_checks.py` finds, at the token where it shows
+    fault_decay: float = 0.8  # how far back before a fault its tokens answer for it, a token (rloo, reinforce; gae has lam)
     ptx_coef: float = 0.0  # PPO-ptx: weight of the instruction-finetuning loss (Ouyang et al. 2022, Eq. 2's gamma)
     ptx_replies: int = 8  # replies of it a step
     judge_every: int = 4  # updates between looks at the held-out reward members

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.engine import BASE, Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import GateConfig
+from learner.packing import PackedRows
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetition
@@ -30,6 +32,7 @@ from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetitio
 PROBES = Path(__file__).parent / "starter" / "probe.jsonl"
 OTHERS = 3  # wrong answers that a probe's right one is set against
 CHUNK_TOKENS = 4096
+PROBES_AT_ONCE = 32  # with all their answers, a row each
 Progress = Callable[[float, str], None]
 
 
@@ -110,13 +113,14 @@ def run_gate(
     config: GateConfig,
     seed: int = 0,
     probes: Sequence[dict[str, str]] | None = None,
+    facts: Probe | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure adapter `candidate` against `live` and `reference` (adapters; None for the base) and judge it.
 
     prompts: token ids that PPO did not practise on. judges: reward members that it did not optimise; None leaves out the
     win rate and nothing else (instruction finetuning was not made to win by them). probes: known answers
-    `{"prompt", "answer"}`; the bundled ones when None. Returns `Verdict.to_dict()`. Raises GateError.
+    `{"prompt", "answer"}`; the bundled ones when None. facts: what the reference made of them before, if it was asked. Returns `Verdict.to_dict()`. Raises GateError.
     """
     show = progress or (lambda fraction, words: None)
     weights = model.lora.parameters(candidate)
@@ -152,12 +156,13 @@ def run_gate(
     kl = reply_kl(model, asked[candidate], candidate, reference, config.temperature)
     show(0.85, "asking for known facts")
     known = load_probes() if probes is None else list(probes)
-    held = {v: probe_answers(model, tokenizer, known, v) for v in dict.fromkeys((candidate, reference))} if len(known) > OTHERS else {}
+    held = theirs = None
+    if len(known) > OTHERS:
+        held = probe_answers(model, tokenizer, known, candidate)
+        theirs = facts or probe_answers(model, tokenizer, known, reference)
 
     # 3. The verdict.
-    return judge(
-        replies[candidate], replies[live], replies[reference], kl, config, held.get(candidate), held.get(reference)
-    ).to_dict()
+    return judge(replies[candidate], replies[live], replies[reference], kl, config, held, theirs).to_dict()
 
 
 def judge(
@@ -299,17 +304,21 @@ def probe_logprobs(
     """
     prompts = [tokenizer.render([{"role": "user", "content": p["prompt"]}]) for p in probes]
     answers = [[*tokenizer.encode(p["answer"]), tokenizer.end_id] for p in probes]
-    n = len(probes)
-    pairs = [(i, (i + k) % n) for i in range(n) for k in range(OTHERS + 1)]
-    batch = rollout.collect(
-        [prompts[i] for i, _ in pairs], [answers[j] for _, j in pairs], texts=[""] * len(pairs), finish_reasons=["stop"] * len(pairs),
-        logprobs=[[0.0] * len(answers[j]) for _, j in pairs], group=1, pad_id=model.pad_id, device=model.device,
-    )  # fmt: skip
-    mean = torch.zeros(len(pairs))
-    for rows in rollout.chunks(batch, range(len(pairs)), CHUNK_TOKENS):
-        logprobs = rollout.reply_logprobs(model, batch, rows, adapter, 1.0)
-        mean[rows.cpu()] = (logprobs.sum(1) / batch.lengths[rows]).cpu()
-    return mean.view(n, OTHERS + 1)
+    n, mean = len(probes), torch.zeros(len(probes), 1 + OTHERS)
+    groups = [(prompts[i], [answers[(i + k) % n] for k in range(1 + OTHERS)]) for i in range(n)]
+    order = sorted(range(n), key=lambda i: sum(map(len, groups[i][1])))
+    for part in (order[i : i + PROBES_AT_ONCE] for i in range(0, n, PROBES_AT_ONCE)):
+        packed = PackedRows.of([groups[i] for i in part], model.pad_id, model.device)
+        hidden = model(packed.ids, positions=packed.positions, valid=packed.valid, attend=packed.attend, adapter=adapter)  # (N, T, D)
+        answer, column = packed.reply.nonzero(as_tuple=True)  # of every answer token: its answer, its column
+        first = torch.cat([answer.new_ones(1, dtype=torch.bool), answer[1:] != answer[:-1]])
+        ends = torch.tensor([len(prompts[i]) - 1 for i in part], device=model.device)
+        row = packed.row[answer]
+        logits = model.logits(hidden[row, torch.where(first, ends[row], column - 1)])  # the prompt's end chooses an answer's first token
+        losses = F.cross_entropy(logits, packed.ids[row, column], reduction="none")
+        each = torch.zeros(len(packed.row), device=model.device).index_add_(0, answer, -losses) / packed.reply.sum(1)
+        mean[part] = each.view(-1, 1 + OTHERS).cpu()
+    return mean
 
 
 def load_probes(path: Path = PROBES) -> list[dict[str, str]]:

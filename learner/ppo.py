@@ -3,7 +3,7 @@
 R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
 valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure the ensemble is that people prefer the reply to a
 good one of the reference's (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
-token where it broke (`learner/text_checks.py`), so that the few tokens before it answer for it and not the whole reply.
+token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen.
 
 One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
 are adapters on it. Rollouts come from the engine that serves people. Owns the update and when to stop it; does not own
@@ -205,7 +205,7 @@ def train_ppo(
     if fitted is not None:
         with torch.no_grad():
             (seen,) = over(unit, range(len(unit)), config, lambda r: (fitted.inputs(unit, r, rollout.reply_hidden(model, unit, r, reference)),))
-        fitted.fit(seen, lower_bound(scorer.unit, config).to(seen.device), unit.mask)
+        fitted.fit(seen, lower_bound(scorer.unit, config).to(seen.device)[:, None].expand(unit.mask.shape), unit.mask)
     trained = list(model.lora.parameters(policy).values())
     groups = [{"params": trained, "lr": config.lr}]
     if value is not None:
@@ -282,21 +282,8 @@ def train_ppo(
                 break
 
             # 6. Rewards a token, then advantages.
-            if value is None:
-                # Each token answers for its own KL alone, and a fault for the few tokens that led to it: far less noise than
-                # charging every token with all of it, and blind to where tokens lead.
-                if fitted is not None:
-                    (seen,) = seen_by
-                    guess = fitted(seen)  # (B, R)
-                    better, _ = gae(token_rewards(scores, kl, batch.mask, 0.0), guess, batch.mask, config.gamma, config.lam)
-                    row["explained_variance"] = explained(scores[:, None].expand(batch.mask.shape), guess, batch.mask)
-                    fitted.fit(seen, scores, batch.mask)
-                else:
-                    better = (leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean())[:, None]
-                local = fault_advantages(spans, batch.mask, config.broken_penalty, config.fault_decay)
-                advantages = torch.where(batch.mask, better + local - controller.beta * kl, 0.0)
-                returns = old_values = None
-            else:
+            returns = old_values = None
+            if value is not None:
                 rewards = token_rewards(scores, kl, batch.mask, controller.beta) + broken
                 if config.whiten_rewards:
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
@@ -304,6 +291,18 @@ def train_ppo(
                     (old_values,) = over(batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
                 row["explained_variance"] = explained(returns, old_values, batch.mask)
+            else:  # each token answers for its own KL alone: far less noise than charging every token with all that follows
+                if fitted is not None:
+                    rewards, (seen,) = token_rewards(scores, kl, batch.mask, 0.0) + broken, seen_by
+                    guess = fitted(seen)  # (B, R)
+                    better, _ = gae(rewards, guess, batch.mask, config.gamma, config.lam)
+                    _, total = gae(rewards, torch.zeros_like(guess), batch.mask, config.gamma, 1.0)  # what came, nothing foreseen
+                    row["explained_variance"] = explained(total, guess, batch.mask)
+                    fitted.fit(seen, total, batch.mask)
+                else:
+                    each = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()
+                    better = each[:, None] + fault_advantages(spans, batch.mask, config.broken_penalty, config.fault_decay)
+                advantages = torch.where(batch.mask, better - controller.beta * kl, 0.0)
             if config.whiten_advantages:
                 advantages = whiten(advantages, batch.mask)
 

@@ -40,6 +40,7 @@ from learner.reliability import Voter, weigh_voters, weighted
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
 HEADS, ABOUT = "heads.safetensors", "reward.json"
 Progress = Callable[[float, str], None]
+Known = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], Tensor]  # prompt and completions: their features on the base
 
 
 class RewardDiverged(Exception):
@@ -77,9 +78,7 @@ class Member(nn.Module):
 
     def forward(self, model: CausalModel, batch: Rows | PackedRows) -> Tensor:
         """Scores (N,) of the rows' replies."""
-        if isinstance(batch, PackedRows):
-            return self.of_features(features_of_packed(model, batch, self.adapter))
-        return self.of_features(features_of(model, batch, self.adapter))
+        return self.of_features(read(model, batch, self.adapter))
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,11 @@ class Rows:
     ids: Tensor
     valid: Tensor
     reply: Tensor
+
+
+def read(model: CausalModel, batch: Rows | PackedRows, adapter: str | None) -> Tensor:
+    """(N, F) features of the rows' replies, in order."""
+    return features_of_packed(model, batch, adapter) if isinstance(batch, PackedRows) else features_of(model, batch, adapter)
 
 
 def features_of(model: CausalModel, batch: Rows, adapter: str | None) -> Tensor:
@@ -282,13 +286,20 @@ class Fit:
 
 
 @torch.no_grad()
-def base_features(reward: RewardModel, examples: Sequence[RankedExample]) -> list[Tensor]:
-    """(K, F) `features_of` each example's completions on the bare base."""
-    pairs = [(e.prompt_ids, c) for e in examples for c in e.completions_ids]
-    features = torch.empty(len(pairs), feature_count(reward.model.hidden_size))
-    for part in by_length(pairs, reward.config.score_batch):
-        features[part] = features_of(reward.model, reward.rows([pairs[i] for i in part]), None).cpu()
-    return list(features.split([len(e.completions_ids) for e in examples]))
+def base_features(reward: RewardModel, examples: Sequence[RankedExample], known: Known | None = None) -> list[Tensor]:
+    """(K, F) features of each example's completions on the bare base.
+
+    One example a pass, so that they hang on no other: `known`, which is left with those of these examples, spares a later
+    round most of the reading, and that round run again without it finds the same bits.
+    """
+    before, found = known or {}, []
+    for example in examples:
+        pair = example.prompt_ids, example.completions_ids
+        found.append(before[pair] if pair in before else read(reward.model, reward.rows_of([example]), None).cpu())
+    if known is not None:
+        known.clear()
+        known.update({(e.prompt_ids, e.completions_ids): own for e, own in zip(examples, found, strict=True)})
+    return found
 
 
 def comparisons_loss(
@@ -327,16 +338,17 @@ class CrossValidation:
 
 
 def cross_validate(
-    model: CausalModel, examples: Sequence[RankedExample], split: Split, config: RewardConfig, seed: int, progress: Progress
-) -> CrossValidation:
+    model: CausalModel, examples: Sequence[RankedExample], split: Split, config: RewardConfig, seed: int, progress: Progress,
+    known: Known | None = None,
+) -> CrossValidation:  # fmt: skip
     """Fit one member a fold, side by side, until the pooled held-out loss stops falling; scores at the best pass.
 
     The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises. Voters are
-    weighed (`weigh`) before anything is fitted that stays.
+    weighed (`weigh`) before anything is fitted that stays. known: see `base_features`.
     """
     reward = RewardModel.create(model, config, len(split.folds), "judge")
     progress(0.0, "reading the votes")
-    features = base_features(reward, examples)
+    features = base_features(reward, examples, known)
     examples, voters, ridge = weigh(examples, features, split, config.ridge)
     fits = [
         Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], ridge, seed + i)

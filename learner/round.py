@@ -38,12 +38,12 @@ from learner.data import (
     prompt_key,
     split_folds,
 )
-from learner.gate import GateError, run_gate
+from learner.gate import GateError, Probe, run_gate
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, kl_warranted, train_ppo
 from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
-from learner.reward import RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
+from learner.reward import Known, RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
 from learner.sft import SFTError
 from learner.versions import load_version, open_model
 from store.adapters import AdapterRegistry
@@ -84,6 +84,8 @@ class Learner:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.files, self.registry = files, registry
+        self.features: Known = {}  # of the votes, on the base: they are read once, not every round
+        self.facts: dict[str, Probe] = {}  # what each reference knows, by its name
 
     @classmethod
     def load(cls, source: str | Path, config: LearnerConfig, files: RoundFiles, registry: AdapterRegistry) -> Learner:
@@ -158,7 +160,7 @@ class Learner:
 
             # 3. The reward model: does it work?
             reward, judges, record["reward"], may_train = train_reward(
-                self.model, examples, config, seed, lambda f, m: report("training_reward", f, m)
+                self.model, examples, config, seed, lambda f, m: report("training_reward", f, m), self.features
             )
             lap.mark("reward_s")
             for step, loss in enumerate(record["reward"].get("held_out_loss", ())):
@@ -193,7 +195,10 @@ class Learner:
             record["gate"] = run_gate(
                 self.model, self.tokenizer, judges, prompts=prompts.held_out, live=start, candidate=POLICY,
                 reference=reference, config=config.gate, seed=seed, progress=lambda f, m: report("gating", f, m),
+                facts=self.facts.get(record["reference"]),
             )  # fmt: skip
+            if held := record["gate"].get("reference_probe"):
+                self.facts[record["reference"]] = Probe(**held)
             lap.mark("gate_s")
         finally:
             curves.close()
@@ -252,9 +257,13 @@ class Lap:
 
 
 def train_reward(
-    model: CausalModel, examples: Sequence[RankedExample], config: LearnerConfig, seed: int, progress: Callable[[float, str], None]
-) -> tuple[RewardModel | None, RewardModel | None, dict[str, Any], bool]:
-    """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start)."""
+    model: CausalModel, examples: Sequence[RankedExample], config: LearnerConfig, seed: int, progress: Callable[[float, str], None],
+    known: Known | None = None,
+) -> tuple[RewardModel | None, RewardModel | None, dict[str, Any], bool]:  # fmt: skip
+    """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start).
+
+    known: what an earlier round read (`reward.base_features`).
+    """
     strict = [e for e in examples if e.strict]
     report: dict[str, Any] = {"votes_used": len(examples), "strict": len(strict), "ties": sum(bool(e.tied) for e in examples)}
     report |= {"chosen": sum(e.chosen for e in examples)}  # votes on replies shown for what they teach: not in the figures below
@@ -269,7 +278,7 @@ def train_reward(
         return None, None, report | {"verdict": "not_yet", "words": f"not yet: {error}"}, False
     usable = [fold for fold in split.folds if any(examples[i].strict for i in fold.train)]
     split = replace(split, folds=tuple(usable))
-    checked = cross_validate(model, examples, split, config.reward, seed, lambda f, m: progress(0.55 * f, m))
+    checked = cross_validate(model, examples, split, config.reward, seed, lambda f, m: progress(0.55 * f, m), known)
     clusters, _ = prompt_groups(examples)
     groups = [e.groups for e in examples]
     lengths = [[len(c) for c in e.completions_ids] for e in examples]

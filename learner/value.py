@@ -1,4 +1,4 @@
-"""Value functions: what score a reply will get, as far as one can tell before each of its tokens.
+"""Value functions: what reward a reply will still get, as far as one can tell before each of its tokens.
 
 Both start from what the reward model says of the reply so far. `FittedValue` is a handful of numbers found by least squares, and costs next
 to nothing; `TrainedValue` is a network of its own, trained beside the policy. Does not own the returns they learn from or the advantages made
@@ -38,10 +38,10 @@ def prefix_features(model: CausalModel, batch: Trajectories, rows: Tensor, hidde
 
 
 class FittedValue:
-    """V linear in ten numbers, by ridge regression of the score on them at every token of the batches so far.
+    """V linear in ten numbers, by ridge regression of the return on them at every token of the batches so far.
 
     The numbers are what the members' mean head makes of the last state, of the mean and of the sum of states so far, the counts, the products
-    of mean and sum with the number of tokens, and 1. The states are the reference's, which the KL takes anyway. A batch's own score is not
+    of mean and sum with the number of tokens, and 1. The states are the reference's, which the KL takes anyway. A batch's own rewards are not
     in the V that it is compared with, so with lam = 1 the policy gradient keeps its mean (Williams 1992) and loses what V foresees of its
     noise (Greensmith et al. 2004).
     """
@@ -51,7 +51,7 @@ class FittedValue:
         self.weight = torch.stack([m.head.weight[0].detach() for m in reward.members]).mean(0)  # (F,)
         size = 3 + COUNTS + 2 + 1
         self.products = torch.zeros(size, size, dtype=torch.float64, device=model.device)  # of the inputs with each other
-        self.scored = torch.zeros(size, dtype=torch.float64, device=model.device)  # of the inputs with the score
+        self.returned = torch.zeros(size, dtype=torch.float64, device=model.device)  # of the inputs with the returns
 
     @torch.no_grad()
     def inputs(self, batch: Trajectories, rows: Tensor, hidden: Tensor) -> Tensor:
@@ -61,16 +61,16 @@ class FittedValue:
         said = states.unflatten(-1, (3, -1)).sum(-1)  # (n, R', 3): of the last state, the mean, the sum
         return torch.cat([said, counts, said[..., 1:] * counts[..., :1], torch.ones_like(counts[..., :1])], -1)
 
-    def fit(self, inputs: Tensor, scores: Tensor, mask: Tensor) -> None:
-        """Take in a batch. inputs: (B, R, 10); scores: (B,); mask: (B, R)."""
-        x, y = inputs[mask].double(), scores[:, None].expand(mask.shape)[mask].double()
+    def fit(self, inputs: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Take in a batch. inputs: (B, R, 10); returns: (B, R), the rewards from each token on; mask: (B, R)."""
+        x, y = inputs[mask].double(), returns[mask].double()
         self.products = KEEP * self.products + x.T @ x
-        self.scored = KEEP * self.scored + x.T @ y
+        self.returned = KEEP * self.returned + x.T @ y
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(B, R): the value before each token, by the batches taken in."""
         ridge = torch.diag(RIDGE * self.products.diagonal() + 1e-9)
-        return (inputs.double() @ torch.linalg.solve(self.products + ridge, self.scored)).float()
+        return (inputs.double() @ torch.linalg.solve(self.products + ridge, self.returned)).float()
 
 
 class TrainedValue(nn.Module):

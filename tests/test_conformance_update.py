@@ -216,6 +216,8 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     model.lora.save("reference", tmp_path / "reference")
     config = replace(CONFIG, estimator=estimator, whiten_rewards=whitened, whiten_advantages=whitened)
     watched, guesses, guess = Watched(monkeypatch, tmp_path), list[Tensor](), FittedValue.__call__
+    told, taught, fit = list[Tensor](), list[list[list[float]]](), FittedValue.fit
+    monkeypatch.setattr(FittedValue, "fit", lambda self, seen, returns, mask: (told.append(torch.where(mask, returns, 0.0)), fit(self, seen, returns, mask))[1])
     monkeypatch.setattr(FittedValue, "__call__", lambda self, seen: (guesses.append(guess(self, seen)), guesses[-1])[1])  # test_value has what it says
     reward = Planted.create(model, RewardConfig(members=2, lora_r=4), 2)
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
@@ -245,8 +247,10 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
             assert given["returns"] is given["old_values"] is None
         elif estimator == "gae-ls":
             values = [row[: len(c)].tolist() for row, c in zip(guesses[update], batch.completions, strict=True)]
-            gains = [gae_by_hand([0.0] * (len(v) - 1) + [a], v, config.gamma, config.lam) for a, v in zip(scores, values, strict=True)]
-            advantages = [[a + f - beta * k for a, f, k in zip(*rows, strict=True)] for rows in zip(gains, local, kl, strict=True)]
+            rewards = [[*row[:-1], row[-1] + a] for a, row in zip(scores, costs, strict=True)]
+            gains = [gae_by_hand(r, v, config.gamma, config.lam) for r, v in zip(rewards, values, strict=True)]
+            advantages = [[a - beta * k for a, k in zip(*rows, strict=True)] for rows in zip(gains, kl, strict=True)]
+            taught.append([[sum(config.gamma**k * r for k, r in enumerate(row[t:])) for t in range(len(row))] for row in rewards])
             assert given["returns"] is given["old_values"] is None and max(abs(v) for row in values for v in row) > 0.1
         else:
             rewards = [[c - beta * k for k, c in zip(*rows, strict=True)] for rows in zip(kl, costs, strict=True)]
@@ -263,6 +267,8 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         target = max(begun + min(1, 4 * done) * (config.kl_target - begun), 0.1 * config.kl_target)  # moves over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
+    for returns, rows in zip(told[1:], taught, strict=True):  # the first is of the reference's replies
+        close(returns, rows)
 
 
 def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_token(model: CausalModel, tokenizer: ChatTokenizer) -> None:

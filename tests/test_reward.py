@@ -22,11 +22,13 @@ from learner.heads import HeldOut, linear_probe
 from learner.metrics import pair_accuracy
 from learner.reward import (
     Fit,
+    Known,
     RewardDiverged,
     RewardModel,
     base_features,
     comparisons_loss,
     cross_validate,
+    features_of,
     fit_members,
     learning_curve,
 )
@@ -422,6 +424,22 @@ def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
     config = RewardConfig(epochs=2, lr=1e30, head_lr=1e30, lora_r=4)
     with pytest.raises(RewardDiverged):
         fit_members(model, examples, config, 2, 0.01, 0, QUIET)
+
+
+def test_a_vote_is_read_once_and_its_features_hang_on_no_other(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples, reward = shortest_wins(6, seed=3), RewardModel.create(model, SMALL, 1)
+    known: Known = {}
+    first = base_features(reward, examples[:4], known)
+    reads = list[int]()
+    rows_of = RewardModel.rows_of
+    monkeypatch.setattr(RewardModel, "rows_of", lambda self, some: (reads.append(len(some)), rows_of(self, some))[1])
+    second = base_features(reward, examples[2:], known)
+    assert reads == [1, 1] and len(known) == 4  # two are new, two are gone
+    assert all(torch.equal(a, b) for a, b in zip(first[2:] + second[2:], base_features(reward, examples[2:]), strict=True))
+    for example, own in zip(examples[2:], second, strict=True):
+        batch = reward.rows([(example.prompt_ids, c) for c in example.completions_ids])
+        with torch.no_grad():
+            assert torch.allclose(own, features_of(model, batch, None), atol=1e-4)
 
 
 def test_the_learning_curve_rises_with_votes_and_ends_at_the_heads_own_accuracy(model: CausalModel) -> None:

@@ -14,6 +14,7 @@ import torch
 from engine.engine import probe
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from learner import gate
 from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
 from learner.data import examples_from_votes
@@ -216,6 +217,24 @@ def test_the_next_round_starts_from_the_live_version(published: tuple, model: Ca
     assert second["ppo"]["history"][0]["kl"] != pytest.approx(0.0, abs=1e-6)  # it begins where the live version is
     assert record["ppo"]["history"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert model.lora.names() == []  # a round leaves nothing in the model
+
+
+def test_what_an_earlier_round_read_is_not_read_again_and_a_replay_finds_the_same_bits(
+    tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    probe = gate.probe_answers
+    monkeypatch.setattr(gate, "probe_answers", lambda m, t, probes, adapter: (asked.append(adapter), probe(m, t, probes, adapter))[1])
+    learner = learner_on(tmp_path, model, tokenizer)
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        votes = store.voted_comparisons()
+        first = run(learner, votes[:16])
+        assert len(learner.features) == 16 and asked == ["policy", None]
+        second = run(learner, votes, live=first["version"] or "base")
+    assert len(learner.features) == 24 and asked[2:] == ["policy"]
+    assert second["version"] and second["gate"]["reference_probe"] == first["gate"]["reference_probe"]
+    assert replay_round(tmp_path, tiny_llama, 2)["same"]  # by a learner that has read nothing yet
 
 
 def test_a_round_that_left_a_far_live_version_for_the_reference_says_so(published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:

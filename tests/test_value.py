@@ -71,10 +71,10 @@ def test_it_says_what_ridge_regression_says_and_forgets_old_batches(model: Causa
     rows, targets, weights = [], [], []
     for k in range(3):
         batch = replies(model, tokenizer, 12, k)
-        inputs, scores = seen(model, value, batch), torch.randn(12, generator=torch.Generator().manual_seed(k))
-        value.fit(inputs, scores, batch.mask)
+        inputs, returns = seen(model, value, batch), torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(k))
+        value.fit(inputs, returns, batch.mask)
         rows.append(inputs[batch.mask].numpy())
-        targets.append(np.repeat(scores.numpy(), batch.lengths.numpy()))
+        targets.append(returns[batch.mask].numpy())
         weights.append(np.full(len(targets[-1]), KEEP ** (2 - k)))
     x, y, w = np.concatenate(rows).astype(float), np.concatenate(targets), np.sqrt(np.concatenate(weights))
     penalty = np.sqrt(RIDGE) * np.diag(np.sqrt((w[:, None] ** 2 * x**2).sum(0)))  # ridge as rows of its own
@@ -86,8 +86,8 @@ def test_it_foresees_a_score_that_hangs_on_length(model: CausalModel, tiny_llama
     tokenizer, value = ChatTokenizer.load(tiny_llama), FittedValue(model, members(model))
     for k in range(4):
         batch = replies(model, tokenizer, 24, k)
-        inputs, scores = seen(model, value, batch), -batch.lengths.float()
+        inputs, returns = seen(model, value, batch), -batch.lengths.float()[:, None].expand(batch.mask.shape)
         guess = value(inputs)
-        value.fit(inputs, scores, batch.mask)
-    spread = scores[:, None].expand(batch.mask.shape)[batch.mask]
+        value.fit(inputs, returns, batch.mask)
+    spread = returns[batch.mask]
     assert float((guess[batch.mask] - spread).var()) < 0.85 * float(spread.var())
