@@ -142,7 +142,7 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.monotonic() - began
         with Client(server.url) as client:
             versions = client.call("GET", "/v1/adapters")
-            judged = standing(client, taste, held_out, samples=args.samples, best_of=8, seed=args.seed)
+            judged = standing(client, taste, held_out, f"plaudit@{versions['live']}", samples=args.samples, best_of=8, seed=args.seed)
         streamed = check_streams(streams, server.data_dir, args.model)
         kl = measured_kl(server.data_dir, args.model, versions["live"], held_out)
     ours, theirs = (broken_rate((text, "stop") for text in texts) for texts in (judged.ours, judged.theirs))

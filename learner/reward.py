@@ -38,6 +38,7 @@ from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
+WORTH = 0.05  # share of the held-out loss that a LoRA pass must save: it and all the scoring by adapters after it cost half of a round
 HEADS, ABOUT = "heads.safetensors", "reward.json"
 Progress = Callable[[float, str], None]
 Known = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], Tensor]  # prompt and completions: their features on the base
@@ -362,7 +363,7 @@ def cross_validate(
             progress((len(curve) + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {len(curve)}, fold {i + 1} of {len(fits)}")
             fits[i].epoch(len(curve) - 1)
             tried.append(Tested.of(reward, i, examples, features, fold.test))
-            if mean_loss(tried) >= 0.99 * mean_loss(best[: i + 1]):  # a pass that brings less is not worth its seconds
+            if mean_loss(tried) >= (1 - WORTH) * mean_loss(best[: i + 1]):
                 break
         else:
             best, passes = tried, len(curve)

@@ -143,7 +143,7 @@ def simulate(
 class Standing:
     """How well a version knows a taste, on prompts nobody voted on."""
 
-    win_rate: float  # against base (or `against`), ties half
+    win_rate: float  # of `version` against base (or `against`), ties half
     best_of: float  # what the taste's best of 8 base replies gets against the same: the most that reranking could reach
     ours: list[str]
     theirs: list[str]
@@ -155,11 +155,17 @@ class Standing:
 
 
 def standing(
-    client: Client, taste: str, prompts: Sequence[str], *, version: str = "plaudit", against: str = "plaudit@base",
+    client: Client, taste: str, prompts: Sequence[str], version: str, *, against: str = "plaudit@base",
     samples: int = 2, best_of: int = 8, seed: int = 0, progress: Callable[[int, int], None] | None = None,
 ) -> Standing:
-    """Sample `version` and `against` on every prompt and let the taste judge. Both win rates are against the same replies."""
+    """Sample `version` and `against` on every prompt and let the taste judge. Both win rates are against the same replies.
+
+    They are names like `plaudit@v000002`: of several replies by `plaudit`, some are those of the version before the live one.
+    Raises SimulateError.
+    """
     liking = known(taste)
+    if bare := [name for name in (version, against) if "@" not in name]:
+        raise SimulateError(f"name the version, such as {bare[0]}@base: of several replies by {bare[0]} some are another version's")
     ours: list[str] = []
     theirs: list[str] = []
     best: list[str] = []

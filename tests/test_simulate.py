@@ -39,7 +39,7 @@ def fixed_server() -> FastAPI:
         if app.state.refusals:
             app.state.refusals -= 1
             return JSONResponse({"error": {"message": "slow down"}}, 429, {"Retry-After": "0"})
-        texts = TEXTS[body["model"]]
+        texts = TEXTS[body["model"].replace("@v000001", "")]
         replies = [texts[(body["seed"] + i) % len(texts)] for i in range(body["n"])]
         name = f"cmp_{len(app.state.shown)}"
         app.state.shown[name] = replies
@@ -102,7 +102,9 @@ def test_a_standing_is_what_counting_by_hand_gives() -> None:
     app.state.refusals = 0
     with listening(app) as url, Client(url) as client:
         # prompt 0: seeds 0, 1, 2: ours "one", "one..five"; base "one..four", "one two three"; the best of 8 has 3 words
-        found = standing(client, "shorter", ["a"], samples=2)
+        found = standing(client, "shorter", ["a"], "plaudit@v000001", samples=2)
+        with pytest.raises(SimulateError, match="name the version"):  # of several replies by plaudit some are another version's
+            standing(client, "shorter", ["a"], "plaudit")
     assert found.win_rate == 0.5  # 1 < 4 wins, 5 < 3 loses
     assert found.best_of == 0.75  # 3 < 4 wins, 3 = 3 ties
     assert found.share == 0.5 / 0.75
