@@ -20,6 +20,7 @@ from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
 from learner.data import examples_from_votes
 from learner.ppo import PPOError
 from learner.prompts import PromptsError
+from learner.reward import RewardModel
 from learner.round import Learner, choose_prompts, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
 from store.records import Completion, NewComparison
@@ -177,10 +178,12 @@ def test_votes_on_chosen_replies_are_learned_from_but_not_tested_on(tmp_path: Pa
     assert all(torch.equal(a.head.weight, b.head.weight) for a, b in zip(judges.members, fitted_to_all.members, strict=True))
 
 
-def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple) -> None:
+def test_the_curves_and_the_reward_model_lie_beside_the_record(published: tuple, model: CausalModel) -> None:
     directory = published[0] / "rounds" / "000001"
     assert list((directory / "tb").glob("events*"))
-    assert (directory / "reward" / "member1" / "adapter_model.safetensors").is_file()
+    saved = RewardModel.load(model, QUICK.reward, directory / "reward")
+    assert len(saved.members) == QUICK.reward.members and all(bool(m.head.weight.any()) for m in saved.members)
+    saved.delete()
 
 
 def test_progress_goes_through_the_three_stages_and_never_back(published: tuple) -> None:
