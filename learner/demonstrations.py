@@ -22,7 +22,6 @@ from engine.lora import LoraBank
 from engine.tokenizer import ChatTokenizer
 from learner.config import LearnerConfig
 from learner.finetune import AdapterModule, finetune, last_reply, mean_loss
-from learner.gate import run_gate
 from learner.round import POLICY, REFERENCE, START, Lap, Learner, Report, RoundStopped, choose_prompts
 from learner.sft import Example
 
@@ -105,10 +104,9 @@ def learn(learner: Learner, record: dict[str, Any], voted: Sequence[Any], direct
     for attempt in range(config.sft.attempts):
         share = config.sft.shrink**attempt
         shrink(model.lora, POLICY, start, trained, share)
-        record["gate"] = run_gate(
-            model, learner.tokenizer, None, prompts=prompts.held_out, live=start, candidate=POLICY, reference=reference,
-            config=replace(config.gate, max_kl=config.sft.max_kl), seed=seed,
-            progress=lambda f, m, at=attempt: report("gating", (at + f) / config.sft.attempts, m),  # type: ignore[misc]
+        learner.gate(
+            record, None, prompts, start, reference, replace(config.gate, max_kl=config.sft.max_kl), seed,
+            lambda f, m, at=attempt: report("gating", (at + f) / config.sft.attempts, m),  # type: ignore[misc]
         )  # fmt: skip
         tried.append({"share": round(share, 3), "failed": record["gate"]["failed"]})
         if not record["gate"]["failed"]:

@@ -38,7 +38,6 @@ from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
-WORTH = 0.05  # share of the held-out loss that a LoRA pass must save: it and all the scoring by adapters after it cost half of a round
 HEADS, ABOUT = "heads.safetensors", "reward.json"
 Progress = Callable[[float, str], None]
 Known = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], Tensor]  # prompt and completions: their features on the base
@@ -291,12 +290,14 @@ def base_features(reward: RewardModel, examples: Sequence[RankedExample], known:
     """(K, F) features of each example's completions on the bare base.
 
     One example a pass, so that they hang on no other: `known`, which is left with those of these examples, spares a later
-    round most of the reading, and that round run again without it finds the same bits.
+    round most of the reading, and that round run again without it finds the same bits. Raises RewardDiverged.
     """
     before, found = known or {}, []
     for example in examples:
         pair = example.prompt_ids, example.completions_ids
         found.append(before[pair] if pair in before else read(reward.model, reward.rows_of([example]), None).cpu())
+        if not bool(found[-1].isfinite().all()):
+            raise RewardDiverged("what the base makes of a vote's replies is not a finite number")
     if known is not None:
         known.clear()
         known.update({(e.prompt_ids, e.completions_ids): own for e, own in zip(examples, found, strict=True)})
@@ -363,7 +364,7 @@ def cross_validate(
             progress((len(curve) + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {len(curve)}, fold {i + 1} of {len(fits)}")
             fits[i].epoch(len(curve) - 1)
             tried.append(Tested.of(reward, i, examples, features, fold.test))
-            if mean_loss(tried) >= (1 - WORTH) * mean_loss(best[: i + 1]):
+            if mean_loss(tried) >= (1 - config.worth) * mean_loss(best[: i + 1]):
                 break
         else:
             best, passes = tried, len(curve)

@@ -27,7 +27,7 @@ from engine.lora import AdapterError
 from engine.model import CausalModel
 from engine.source import first_line
 from engine.tokenizer import ChatTokenizer
-from learner.config import LearnerConfig
+from learner.config import GateConfig, LearnerConfig
 from learner.data import (
     RankedExample,
     Renderer,
@@ -192,16 +192,23 @@ class Learner:
                 raise RoundStopped("failed", f"PPO brought nothing to keep: {result.stopped}")
 
             # 5. The gate.
-            record["gate"] = run_gate(
-                self.model, self.tokenizer, judges, prompts=prompts.held_out, live=start, candidate=POLICY,
-                reference=reference, config=config.gate, seed=seed, progress=lambda f, m: report("gating", f, m),
-                facts=self.facts.get(record["reference"]),
-            )  # fmt: skip
-            if held := record["gate"].get("reference_probe"):
-                self.facts[record["reference"]] = Probe(**held)
+            self.gate(record, judges, prompts, start, reference, config.gate, seed, lambda f, m: report("gating", f, m))
             lap.mark("gate_s")
         finally:
             curves.close()
+
+    def gate(
+        self, record: dict[str, Any], judges: RewardModel | None, prompts: Prompts, start: str | None, reference: str | None,
+        config: GateConfig, seed: int, progress: Callable[[float, str], None],
+    ) -> None:  # fmt: skip
+        """`run_gate` on adapter POLICY, into `record`; what the reference knows is asked once, not every round."""
+        name = record["reference"]
+        record["gate"] = run_gate(
+            self.model, self.tokenizer, judges, prompts=prompts.held_out, candidate=POLICY, live=start, reference=reference, config=config,
+            seed=seed, facts=self.facts.get(name), progress=progress,
+        )  # fmt: skip
+        if held := record["gate"].get("reference_probe"):
+            self.facts[name] = Probe(**held)
 
     def publish(self, record: dict[str, Any]) -> str:
         """Make adapter POLICY the next version; its name."""

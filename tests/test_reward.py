@@ -426,6 +426,12 @@ def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
         fit_members(model, examples, config, 2, 0.01, 0, QUIET)
 
 
+def test_votes_that_the_base_makes_no_number_of_end_the_round_by_name(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.reward.read", lambda *_: torch.full((3, 4), math.nan))
+    with pytest.raises(RewardDiverged, match="not a finite number"):
+        base_features(RewardModel.create(model, SMALL, 1), shortest_wins(1, seed=3))
+
+
 def test_a_vote_is_read_once_and_its_features_hang_on_no_other(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     examples, reward = shortest_wins(6, seed=3), RewardModel.create(model, SMALL, 1)
     known: Known = {}
