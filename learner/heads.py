@@ -4,21 +4,25 @@ Every vote is a few rows of one logistic regression, the winner's features less 
 these (folds, penalties, voters weighed anew, members), so the votes of a fold are prepared once (`Regression`) and Newton's
 method goes on from the last fit: fewer rows than features are solved in as many coordinates as there are replies.
 
-Owns fitting heads and choosing their penalty. Does not read the model (`learner/reward.py` makes the features) or weigh
+Owns fitting heads, choosing their penalty, and their accuracy against votes. Does not read the model (`learner/reward.py` makes the features) or weigh
 voters (`learner/reliability.py`).
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learner.data import RankedExample, Split
+from engine.features import COUNTS
+from learner.data import Fold, RankedExample, Split
 from learner.losses import preference_loss
+from learner.metrics import pair_accuracy
 
 COUNT_FAVOUR = 8.0  # a few numbers among hundreds would hardly be heard
 STEPS = 100  # of Newton's method; five to ten do
@@ -152,3 +156,24 @@ class HeldOut:
             rows = [(examples[j], torch.tensor(own)) for j, own in self.scores(examples, ridge).items()]
             losses.append((sum(e.weight * preference_loss(own, e.strict, []).item() for e, own in rows), ridge))
         return min(losses)[1]
+
+
+def learning_curve(
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float, seed: int, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+) -> list[dict[str, float]]:
+    """Held-out accuracy against votes: heads fitted to a part of every fold's training votes, tested on the same votes.
+
+    Each smaller part lies within the larger. What more votes brought so far says what more would bring.
+    """
+    rng = random.Random(f"curve/{seed}")
+    orders = [rng.sample(fold.train, len(fold.train)) for fold in split.folds]
+    curve = []
+    for part in parts:
+        folds = [Fold(tuple(order[: max(1, round(part * len(order)))]), fold.test) for order, fold in zip(orders, split.folds, strict=True)]
+        fitted = [fold for fold in folds if any(examples[j].strict or examples[j].tied for j in fold.train)]
+        scores = HeldOut(examples, features, replace(split, folds=tuple(fitted)), COUNTS).scores(examples, ridge)
+        right = [found for j, own in scores.items() if (found := pair_accuracy(own, examples[j].groups)) is not None]
+        if right:
+            votes = sum(len(fold.train) for fold in fitted) / len(fitted)
+            curve.append({"votes": round(votes), "accuracy": round(sum(right) / len(right), 4)})
+    return curve

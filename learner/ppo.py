@@ -29,6 +29,7 @@ from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.advantages import gae, leave_one_out, token_rewards, whiten
 from learner.config import PPOConfig
+from learner.faults import fault_advantages, fault_rewards, fault_tokens
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
@@ -414,36 +415,6 @@ def over(
             real = batch.mask[chunk, : part.shape[1]]
             whole[i][chunk, : part.shape[1]] = torch.where(real.view(*real.shape, *[1] * (part.dim() - 2)), part, 0.0)
     return tuple(whole)
-
-
-def fault_tokens(batch: Trajectories, tokenizer: ChatTokenizer) -> list[tuple[int, int, int]]:
-    """(row, first, last) of every fault of `learner/text_checks.py`: the reply tokens in which it came about."""
-    found = []
-    for i, (text, reason) in enumerate(zip(batch.texts, batch.finish_reasons, strict=True)):
-        if wrong := faults(text, reason):
-            starts = rollout.at_characters(tokenizer, batch.completions[i], [fault.start + 1 for fault in wrong])
-            ends = rollout.at_characters(tokenizer, batch.completions[i], [fault.end for fault in wrong])
-            found += [(i, first, last) for first, last in zip(starts, ends, strict=True)]
-    return found
-
-
-def fault_rewards(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float) -> Tensor:
-    """(B, R): -penalty at the token with which a fault was complete, 0 elsewhere."""
-    rewards = torch.zeros(mask.shape)
-    for row, _, last in spans:
-        rewards[row, last] = -penalty
-    return rewards.to(mask.device)
-
-
-def fault_advantages(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float, decay: float) -> Tensor:
-    """(B, R): -penalty on the tokens in which a fault came about, and before them less by `decay` a token."""
-    advantages = torch.zeros(mask.shape)
-    for row, first, last in spans:
-        own = torch.zeros(mask.shape[1])
-        own[: first + 1] = decay ** torch.arange(first, -1, -1)
-        own[first : last + 1] = 1.0
-        advantages[row] = torch.minimum(advantages[row], -penalty * own)
-    return advantages.to(mask.device)
 
 
 def prompt_batches(prompts: list[list[int]], count: int, seed: int) -> Iterator[list[list[int]]]:

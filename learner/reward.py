@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,10 +29,9 @@ from engine.features import COUNTS, feature_count, reply_features
 from engine.lora import AdapterError
 from engine.model import CausalModel
 from learner.config import RewardConfig
-from learner.data import Fold, RankedExample, Split
+from learner.data import RankedExample, Split
 from learner.heads import HeldOut, knows_level, linear_probe
 from learner.losses import outside_option, preference_loss
-from learner.metrics import pair_accuracy
 from learner.packing import PackedRows, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 
@@ -418,27 +416,6 @@ def mean_loss(parts: Sequence[Tested]) -> float:
     """Nats a comparison, over the folds together."""
     losses = [loss for part in parts for loss in part.losses]
     return sum(losses) / max(1, len(losses))
-
-
-def learning_curve(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float, seed: int, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
-) -> list[dict[str, float]]:
-    """Held-out accuracy against votes: heads fitted to a part of every fold's training votes, tested on the same votes.
-
-    Each smaller part lies within the larger. What more votes brought so far says what more would bring.
-    """
-    rng = random.Random(f"curve/{seed}")
-    orders = [rng.sample(fold.train, len(fold.train)) for fold in split.folds]
-    curve = []
-    for part in parts:
-        folds = [Fold(tuple(order[: max(1, round(part * len(order)))]), fold.test) for order, fold in zip(orders, split.folds, strict=True)]
-        fitted = [fold for fold in folds if any(examples[j].strict or examples[j].tied for j in fold.train)]
-        scores = HeldOut(examples, features, replace(split, folds=tuple(fitted)), COUNTS).scores(examples, ridge)
-        right = [found for j, own in scores.items() if (found := pair_accuracy(own, examples[j].groups)) is not None]
-        if right:
-            votes = sum(len(fold.train) for fold in fitted) / len(fitted)
-            curve.append({"votes": round(votes), "accuracy": round(sum(right) / len(right), 4)})
-    return curve
 
 
 def weigh(

@@ -39,11 +39,12 @@ from learner.data import (
     split_folds,
 )
 from learner.gate import GateError, Probe, run_gate
+from learner.heads import learning_curve
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, kl_warranted, train_ppo
 from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
-from learner.reward import Known, RewardDiverged, RewardModel, cross_validate, fit_members, learning_curve
+from learner.reward import Known, RewardDiverged, RewardModel, cross_validate, fit_members
 from learner.sft import SFTError
 from learner.versions import load_version, open_model
 from store.adapters import AdapterRegistry

@@ -19,15 +19,13 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import ConfigError, PPOConfig, RewardConfig
+from learner.faults import fault_advantages, fault_rewards, fault_tokens
 from learner.ppo import (
     Kept,
     KLController,
     Mixed,
     PPOError,
     PPOResult,
-    fault_advantages,
-    fault_rewards,
-    fault_tokens,
     kl_price,
     kl_warranted,
     learn,

@@ -18,7 +18,7 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split, split_folds
-from learner.heads import HeldOut, linear_probe
+from learner.heads import HeldOut, learning_curve, linear_probe
 from learner.metrics import pair_accuracy
 from learner.reward import (
     Fit,
@@ -30,7 +30,6 @@ from learner.reward import (
     cross_validate,
     features_of,
     fit_members,
-    learning_curve,
 )
 
 QUIET = lambda fraction, message: None  # noqa: E731
