@@ -78,7 +78,6 @@ class PPOConfig:
     kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
     kl_ceiling: float = 1.5  # times kl_target: over it, the run goes back to the last state under it
-    restart: float = 0.5  # times kl_target: a live version further from the reference has little left to spend, and the run begins at the reference
     back_offs: int = 3  # how often it goes on from there, with half the step, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
@@ -104,7 +103,6 @@ class PPOConfig:
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
         _need(self.max_seconds > 0, "ppo.max_seconds must be positive")
         _need(self.warmup >= 1, "ppo.warmup must be at least 1")
-        _need(self.restart >= 0, "ppo.restart must not be negative")
         _need(self.kl_target > 0 and self.kl_ceiling >= 1, "ppo.kl_target must be positive, ppo.kl_ceiling at least 1")
 
 
@@ -139,7 +137,7 @@ class SFTRoundConfig:
 class GateConfig:
     """What a candidate must pass. `learner/gate.py` reads it."""
 
-    prompts: int = 48  # held-out prompts
+    prompts: int = 96  # held-out prompts
     replies_per_prompt: int = 4  # sampled from each of live, candidate and reference
     max_new_tokens: int = 96
     temperature: float = 1.0

@@ -175,7 +175,7 @@ def judge(
     """
     won = None
     if candidate.scores is not None and live.scores is not None:
-        won = mean_interval(win_shares(candidate.scores, live.scores, candidate.group))
+        won = mean_interval(preferred(candidate.scores, live.scores, candidate.group))
     mean_kl = float(kl.mean())
     ratio = candidate.length / live.length
     distinct = distinct_n(candidate.texts, 2) / max(distinct_n(reference.texts, 2), 1e-9)
@@ -191,7 +191,7 @@ def judge(
         finite_check(sum(not math.isfinite(x) for x in numbers)),
         *([] if won is None else [Check(
             "win_rate", finite(won[1]), config.min_win_rate, won[1] > config.min_win_rate,
-            f"held-out reward members prefer it to the live version in {won[0]:.0%} of pairs; the check is on the lower 95% bound",
+            f"held-out reward members expect {won[0]:.0%} of picks to go to it rather than to the live version; the check is on the lower 95% bound",
         )]),
         Check("kl", finite(mean_kl), config.max_kl, mean_kl <= config.max_kl, "nats a reply away from the reference"),
         Check(
@@ -257,6 +257,17 @@ def win_shares(ours: Tensor, theirs: Tensor, group: int) -> Tensor:
     a = ours.view(-1, group, 1, ours.shape[1])
     b = theirs.view(-1, 1, group, theirs.shape[1])
     return ((a > b).float() + 0.5 * (a == b).float()).mean((1, 2, 3))
+
+
+def preferred(ours: Tensor, theirs: Tensor, group: int) -> Tensor:
+    """(B, members) scores of both -> (prompts,): mean sigma(ours - theirs) over pairs of replies to one prompt and over members.
+
+    The share of picks that Bradley & Terry (1952) expect to go to ours. A pair that is all but a tie says next to nothing here,
+    where `win_shares` takes it for a whole win: of two versions that differ in few replies this is surer with the same replies.
+    """
+    a = ours.view(-1, group, 1, ours.shape[1])
+    b = theirs.view(-1, 1, group, theirs.shape[1])
+    return (a - b).sigmoid().mean((1, 2, 3))
 
 
 def mean_interval(x: Tensor, confidence: float = 0.9) -> tuple[float, float, float]:

@@ -149,7 +149,7 @@ def train_ppo(
     KL is measured against; None for the bare base. judges: held-out reward members, which are looked at and never
     optimised: where they and `reward` part, the run stops and goes back to where the judges liked it best.
     demonstrations: (prompt, reply) token ids that the policy shall go on finding likely, where `ptx_coef` asks for it.
-    A start that has spent over `restart` of the KL target is left for the reference, and the result's `note` says so. schedule: `done` of every row of another
+    A start over the KL ceiling is left for the reference, and the result's `note` says so. schedule: `done` of every row of another
     run's history, which is then run again as it was, however fast; empty: as updates, tokens and seconds are used up.
     Raises PPOError or RewardDiverged when a number is not finite, PPOError when no prompt fits.
     """
@@ -196,9 +196,9 @@ def train_ppo(
     fitted = FittedValue(model, reward) if config.estimator == "gae-ls" else None
     begin(model, policy, start, config, seed)
     if start not in (None, reference):
-        far, most = float(against_reference(sample(policy, asked, 0))[3].sum(1).mean()), config.restart * config.kl_target
-        if far > most:
-            note = f"began at the reference: the live version is {far:.1f} nats from it, over {most:.1f}, and has little left to spend"
+        far = float(against_reference(sample(policy, asked, 0))[3].sum(1).mean())
+        if far > ceiling:
+            note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
             model.lora.delete(policy)
             begin(model, policy, reference, config, seed)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 CONFIG = PPOConfig(
     updates=2, prompts_per_update=3, replies_per_prompt=4, max_new_tokens=10, epochs=1, minibatches=1, lora_r=4, lora_alpha=8, lr=2e-3,
     temperature=0.7, kl_coef=0.2, kl_target=3.0, kl_ceiling=1e6, uncertainty=0.5, missing_eos_penalty=1.5, broken_penalty=0.5,
-    gamma=0.98, lam=0.9, max_seconds=600.0, restart=1e6, warmup=1,
+    gamma=0.98, lam=0.9, max_seconds=600.0, warmup=1,
 )  # fmt: skip
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Thanks!"]
 

@@ -24,6 +24,7 @@ from learner.gate import (
     judge,
     load_probes,
     mean_interval,
+    preferred,
     probe_answers,
     reply_kl,
     run_gate,
@@ -135,6 +136,21 @@ def test_win_shares_by_a_naive_loop() -> None:
             for i in range(3) for j in range(3) for m in range(2)
         ]  # fmt: skip
         assert got == pytest.approx(sum(points) / len(points), abs=1e-6)
+
+
+def test_preferred_is_the_share_of_picks_that_bradley_terry_expects() -> None:
+    ours, theirs = 2 * torch.randn(6, 2), 2 * torch.randn(6, 2)
+    for p, got in enumerate(preferred(ours, theirs, 3).tolist()):
+        odds = [math.exp(ours[3 * p + i, m] - theirs[3 * p + j, m]) for i in range(3) for j in range(3) for m in range(2)]
+        assert got == pytest.approx(sum(x / (1 + x) for x in odds) / len(odds), abs=1e-6)
+
+
+def test_of_two_versions_that_differ_in_few_replies_the_better_one_is_seen() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores = 0.1 * torch.randn(2, 192, 1, generator=draw)  # both alike: which is ahead is noise
+    scores[1, ::8] -= 4.0  # but for the live version's bad replies, one in eight
+    (_, low, _), (_, counted, _) = (mean_interval(share(scores[0], scores[1], 4)) for share in (preferred, win_shares))
+    assert low > 0.53 and low - 0.5 > counted - 0.5
 
 
 def test_the_interval_is_scipys_t_interval() -> None:
