@@ -1,7 +1,7 @@
 """Keys and values of running sequences: one row each, consecutive rows in use, written in place.
 
-Owns the memory and the two ways a forward pass meets it: `Prompt` (part of one row) and `Rows` (one new token in each
-running row). Which sequence has which row is the scheduler's affair. Rows are kept together, so a step reads slices
+Owns the memory and the ways a forward pass meets it: `Prompt` (part of one row), `Rows` (one new token in each
+running row) and `Slots` (the same, with nothing of it known to Python, so that a step can be replayed). Which sequence has which row is the scheduler's affair. Rows are kept together, so a step reads slices
 and never gathers.
 """
 
@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from engine import gpu
+from engine.gpu import onto
 
 FIRST_LENGTH = 128  # capacity starts small and doubles, so memory follows use
 
@@ -31,6 +34,11 @@ class KVCache:
     def bytes(self) -> int:
         """Memory held now."""
         return 2 * self.keys.numel() * self.keys.element_size()
+
+    @property
+    def length(self) -> int:
+        """Tokens that every row has room for now."""
+        return self.keys.shape[3]
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens, by doubling, up to the limits given at the start."""
@@ -88,7 +96,7 @@ class Rows:
         self.first, self.last = first, first + len(lengths)
         cache.reserve(self.last, self.end)
         device = cache.keys.device
-        self.at = torch.tensor(lengths, device=device)  # (n,)
+        self.at = onto(device, lengths, torch.long)  # (n,)
         self.rows = torch.arange(first, self.last, device=device)
         self.positions = self.at[:, None]  # (n, 1)
         self.mask = None  # None: every row is as long as the longest
@@ -96,12 +104,37 @@ class Rows:
             ok = torch.arange(self.end, device=device) <= self.positions  # (n, S)
             self.mask = additive(ok, cache.keys.dtype)[:, None, None]  # (n, 1, 1, S)
 
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def put(self: Rows | Slots, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (n, kv_heads, 1, head_dim); return those to attend to (n, kv_heads, S, head_dim)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.rows, :, self.at] = k[:, :, 0]
         values[self.rows, :, self.at] = v[:, :, 0]
         return keys[self.first : self.last, :, : self.end], values[self.first : self.last, :, : self.end]
+
+
+class Slots:
+    """One token in each of n consecutive rows from `first`; the i-th has lengths[i] tokens already, lengths (n,) being a tensor.
+
+    Either a kernel attends and needs no mask, or every row is attended to up to the cache's present length and the mask hides what
+    is not there. Only shapes and addresses are fixed, until the cache grows.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Tensor, first: int = 0) -> None:
+        self.cache, self.at, self.end = cache, lengths, cache.length
+        self.first, self.last = first, first + len(lengths)
+        self.rows = torch.arange(first, self.last, device=lengths.device)
+        self.positions = lengths[:, None]  # (n, 1)
+        self.by_kernel = gpu.kernels(lengths.device) is not None
+        self.mask = None
+        if not self.by_kernel:
+            ok = torch.arange(self.end, device=lengths.device) <= self.positions  # (n, S)
+            self.mask = additive(ok, cache.keys.dtype)[:, None, None]  # (n, 1, 1, S)
+
+    put = Rows.put
+
+    def stretch(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values of these rows, (n, kv_heads, length, head_dim) each."""
+        return self.cache.keys[layer, self.first : self.last], self.cache.values[layer, self.first : self.last]
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

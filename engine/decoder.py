@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import packed
+from engine import gpu, packed
+from engine.cache import Slots
 from engine.lora import LoraBank, LoraLinear, Part
 from engine.source import ModelError
 
@@ -35,6 +36,8 @@ def fits(config: Any) -> bool:
 
 class Decoder(nn.Module):
     """Token ids to final-normed hidden states. Parameters are frozen; only adapters learn."""
+
+    replayable = True  # a decode step hangs on no number that Python knows (`engine/replay.py`)
 
     def __init__(self, config: Any, weights: dict[str, Tensor], bank: LoraBank) -> None:
         super().__init__()
@@ -66,6 +69,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
+        if gpu.takes(hidden):
+            return gpu.linear(hidden, self.head)
         return packed.linear(hidden, self.head, None, self.packed_head)
 
     def pack(self) -> None:
@@ -94,18 +99,20 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, layer: int, cache: Any
     ) -> Tensor:
-        x = x + self.attention(
-            F.rms_norm(x, self.norm_1.shape, self.norm_1, self.eps), rope, mask, layer, cache
-        )
-        gate, up = self.gate_up(F.rms_norm(x, self.norm_2.shape, self.norm_2, self.eps)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        qkv = self.qkv(x, norm=self.norm_1, eps=self.eps)
+        x = self.o(self.attention(qkv, rope, mask, layer, cache), add=x)
+        return self.down(self.gate_up(x, norm=self.norm_2, eps=self.eps, gated=True), add=x)
 
     def attention(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, layer: int, cache: Any
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, layer: int, cache: Any
     ) -> Tensor:
-        batch, count, _ = x.shape
+        """(B, T, (H + 2 KV) d) -> (B, T, H d), what the heads saw, side by side."""
+        batch, count, _ = qkv.shape
         h, kv, d = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(x).view(batch, count, h + 2 * kv, d).transpose(1, 2)  # (B, H + 2 KV, T, d)
+        if isinstance(cache, Slots) and cache.by_kernel:
+            norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+            return gpu.attend(qkv, rope, *cache.stretch(layer), cache.at, h, norms, self.eps)
+        qkv = qkv.view(batch, count, h + 2 * kv, d).transpose(1, 2)  # (B, H + 2 KV, T, d)
         if self.q_norm is None:
             qk, v = rotate(qkv[:, : h + kv], rope), qkv[:, h + kv :]
             q, k = qk[:, :h], qk[:, h:]
@@ -117,11 +124,11 @@ class Block(nn.Module):
             k, v = cache.put(layer, k, v)
         if count == 1:  # one query: the heads of a group share k and v, so they go where the queries go
             out = F.scaled_dot_product_attention(q.view(batch, kv, h // kv, d), k, v, attn_mask=mask)
-            return self.o(out.reshape(batch, 1, h * d))
+            return out.reshape(batch, 1, h * d)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=h != kv
         )
-        return self.o(out.transpose(1, 2).reshape(batch, count, h * d))
+        return out.transpose(1, 2).reshape(batch, count, h * d)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from engine.cache import Prompt, Rows
+from engine.gpu import onto
 from engine.lora import AdapterError, Mixture
 from engine.model import CausalModel
 from engine.prefixes import Prefixes
+from engine.replay import Replay
 from engine.sampling import sample, uniform
 from engine.scheduler import QueueFull, Scheduler
 from engine.sequence import BASE, PromptRead, SamplingParams, Sequence
@@ -30,6 +32,7 @@ __all__ = [
     "BASE", "Delta", "Engine", "EngineStats", "PromptTooLong", "QueueFull", "SamplingParams", "Sequence",
     "UnknownVersion", "VersionInUse", "probe",
 ]  # fmt: skip
+MIXTURES = 4  # kept for when the same versions run together again
 PREFILL_TOKENS = 512  # prompt tokens read per step at most, so that a long prompt does not hold up the others
 
 
@@ -91,8 +94,10 @@ class Engine:
         self._prefixes = Prefixes(reuse_bytes) if reuse_bytes else None
         self._ids = itertools.count()
         self._eos = frozenset(tokenizer.eos_ids) | frozenset(model.eos_ids)
-        self._stack: Mixture | None = None
-        self._stacked: tuple[int, tuple[str, ...]] | None = None  # what it was made of
+        self._replay = Replay(model, self._cache, max_sequences) if model.device.type == "cuda" and model.net.replayable else None
+        self._mixtures: dict[tuple[str, ...], Mixture] = {}  # by the versions in them, the latest used last
+        self._revision = model.lora.revision  # of the bank, that they were made from
+        self._stack: Mixture | None = None  # the one in use
 
     def add(
         self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str], owner: str = ""
@@ -158,6 +163,7 @@ class Engine:
         if name in self.scheduler.versions():
             raise VersionInUse(f"version {name!r} is still writing replies")
         self.model.lora.delete(name)
+        self._mixtures.clear()
         self.forget(name)
 
     def forget(self, version: str | None = None) -> None:
@@ -224,10 +230,12 @@ class Engine:
         running = self.scheduler.running
         if not running:
             return []
-        ids = torch.tensor([[s.token_ids[-1]] for s in running], device=self.model.device)
-        rows = Rows(self._cache, [s.cached for s in running], first=1)
-        adapter = self._adapter([s.version for s in running])
-        return [self.model(ids, adapter=adapter, cache=rows)[:, -1]]
+        newest, lengths, versions = [s.token_ids[-1] for s in running], [s.cached for s in running], [s.version for s in running]
+        if self._replay is not None:
+            return [self._replay(newest, lengths, *self._mixture(versions))]
+        ids = torch.tensor(newest, device=self.model.device)[:, None]
+        rows = Rows(self._cache, lengths, first=1)
+        return [self.model(ids, adapter=self._adapter(versions), cache=rows)[:, -1]]
 
     def _prefill(self) -> list[Tensor]:
         """Read waiting prompts, up to a budget of tokens; where one is done, its sequences join: [(K, D), ...]."""
@@ -237,7 +245,7 @@ class Engine:
                 read.done = self._prefixes.restore((read.version, read.owner), read.prompt_ids, self._cache, 0)
                 self.stats.reused_tokens += read.done
             count = min(read.left, budget)
-            ids = torch.tensor([read.prompt_ids[read.done : read.done + count]], device=self.model.device)
+            ids = onto(self.model.device, [read.prompt_ids[read.done : read.done + count]], torch.long)
             adapter = self._adapter([read.version])
             span = Prompt(self._cache, 0, read.done, count)
             last = self.model(ids, adapter=adapter, cache=span)[:, -1]  # (1, D)
@@ -258,15 +266,29 @@ class Engine:
             self._prefixes.keep((whose.version, whose.owner), ids, self._cache, row)
 
     def _adapter(self, versions: list[str]) -> Mixture | None:
-        """The adapters of a batch whose row i is by versions[i]; only versions that are running are stacked."""
+        """The adapters of a batch whose row i is by versions[i]."""
+        rows, mixture = self._mixture(versions)
+        if mixture is not None:
+            mixture.choose(rows)
+        return mixture
+
+    def _mixture(self, versions: list[str]) -> tuple[list[int], Mixture | None]:
+        """For a batch whose row i is by versions[i]: each one's adapter in a mixture, -1 for the base, and the mixture.
+
+        Only versions that are running are stacked. What was stacked before may be wanted again soon, and a few mixtures are kept.
+        """
         names = tuple(sorted(self.scheduler.active_versions() - {BASE}))
-        made_of = (self.model.lora.revision, names)
-        if self._stacked != made_of:
-            self._stack = self.model.lora.mixture(names) if names else None
-            self._stacked = made_of
+        if self._revision != self.model.lora.revision:
+            self._revision = self.model.lora.revision
+            self._mixtures.clear()
+        self._stack = self._mixtures.pop(names, None) or (self.model.lora.mixture(names) if names else None)
         if self._stack is not None:
-            self._stack.choose(tuple(names.index(v) if v != BASE else -1 for v in versions))
-        return self._stack
+            if self._stack.stale:
+                self._stack.renew()
+            self._mixtures[names] = self._stack
+            if len(self._mixtures) > MIXTURES:
+                del self._mixtures[next(iter(self._mixtures))]
+        return [names.index(v) if v != BASE else -1 for v in versions], self._stack
 
     def _sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
         running = self.scheduler.running
@@ -311,7 +333,8 @@ class Engine:
         self.stats.kv_bytes = self._cache.bytes
         self.stats.kept_bytes = self._prefixes.bytes if self._prefixes is not None else 0
         if not self.has_work():
-            self._stacked = self._stack = None  # an adapter may be trained while nothing runs
+            for mixture in self._mixtures.values():
+                mixture.rest()
 
 
 @torch.inference_mode()

@@ -44,6 +44,8 @@ class Spans(Cache):
 class General(nn.Module):
     """Token ids to final-normed hidden states, computed by transformers; same interface as Decoder."""
 
+    replayable = False  # who knows what a model's own code looks at
+
     def __init__(
         self, config: Any, directory: Path, dtype: torch.dtype, device: str | torch.device, bank: LoraBank
     ) -> None:

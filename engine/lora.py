@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import packed
+from engine import gpu, packed
+from engine.gpu import Low, onto
 
 PATIENCE = 32  # steps in a row of one version alone, before its weights are added up
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -109,9 +110,21 @@ class LoraLinear(nn.Module):
         self.bank = bank
         bank.linears.append(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False, add: Tensor | None = None
+    ) -> Tensor:
+        """norm, eps: of an RMSNorm before it. gated: half of the outputs are gates, and SwiGLU comes after it. add: what comes on top."""
         active = self.bank.active
-        return self.bare(x) if active is None else active.through(self, x)
+        if gpu.takes(x) and (active is None or (isinstance(active, Mixture) and x.shape[1] == 1)):
+            low = None if active is None else active.low(self)  # which is by rows, not by tokens
+            return gpu.linear(x, self.weight, self.bias, norm=norm, eps=eps, gated=gated, add=add, low=low)
+        if norm is not None:
+            x = F.rms_norm(x, norm.shape, norm, eps)
+        y = self.bare(x) if active is None else active.through(self, x)
+        if gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if add is None else add + y
 
     def bare(self, x: Tensor) -> Tensor:
         """Without any adapter."""
@@ -170,27 +183,56 @@ class Mixture:
         self.whole: dict[LoraLinear, Tensor] = {}  # for the rows at hand
         linears = bank.linears
         self.stacks: dict[LoraLinear, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        self.owners: dict[tuple[int, ...], Tensor] = {}  # by ranks: whose each of the R columns is, (R,)
         for linear in linears:
             fused = [adapter.fused(linear) for adapter in adapters]
             if found := [f for f in fused if f is not None]:
                 ranks = tuple(0 if f is None else f[0].shape[0] for f in fused)
                 a, b = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found], dim=1)
                 self.stacks[linear] = (a, b.T.contiguous(), ranks)  # (R, in), (R, out)
+                if ranks not in self.owners:
+                    self.owners[ranks] = onto(a.device, [i for i, r in enumerate(ranks) for _ in range(r)], torch.int32)
+        self.stale = False  # whether adapters may have been trained since
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
         self.rows: tuple[int, ...] | None = None
+        self.choice: Tensor | None = None  # the same on the device, (rows,)
 
     def choose(self, rows: Sequence[int]) -> None:
         """Say which adapter each row of the batch has: an index into `adapters`, -1 for the bare base."""
+        if self.rows != tuple(rows):
+            self.follow(onto(self.bank.device, rows, torch.int32))
+            self.rows = tuple(rows)
+            if self.count == 1 and all(row == 0 for row in rows):
+                self.masks = dict.fromkeys(self.owners)
         self.whole = self._whole_of(rows[0]).made if rows[0] >= 0 and rows.count(rows[0]) == len(rows) else {}
-        if self.rows == tuple(rows):
-            return
-        self.rows, self.masks = tuple(rows), {}
-        one_for_all = self.count == 1 and all(row == 0 for row in rows)
-        for a, _, ranks in self.stacks.values():
-            if ranks not in self.masks:
-                owner = torch.arange(self.count).repeat_interleave(torch.tensor(ranks))  # (R,)
-                foreign = (torch.tensor(rows)[:, None] != owner)[:, None]  # (rows, 1, R), True = another's column
-                self.masks[ranks] = None if one_for_all else foreign.to(a.device)
+
+    def follow(self, choice: Tensor) -> None:
+        """As `choose`, by numbers on the device, (rows,), that may be others when a recorded step is replayed."""
+        self.rows, self.whole, self.choice = None, {}, choice.int()
+        # (rows, 1, R), True = another's column
+        self.masks = {ranks: (self.choice[:, None] != owner)[:, None] for ranks, owner in self.owners.items()}
+
+    def low(self, linear: LoraLinear) -> Low | None:
+        """What the adapters add to a layer's output, None for nothing; see `choose` and `follow`."""
+        if (stack := self.stacks.get(linear)) is None:
+            return None
+        a, b, ranks = stack
+        assert self.choice is not None
+        return Low(a, b, self.owners[ranks], self.choice)
+
+    def rest(self) -> None:
+        """Nothing runs, so adapters in training may change from here on."""
+        self.stale = any(adapter.trainable for adapter in self.adapters)
+        self.wholes, self.whole = {}, {}
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Take over what the adapters' numbers have become, to where the old ones were: a recorded step finds them there."""
+        self.stale = False
+        for linear, (a, b, _) in self.stacks.items():
+            found = [f for f in (adapter.fused(linear) for adapter in self.adapters) if f is not None]
+            a.copy_(torch.cat([f[0] for f in found]))
+            b.copy_(torch.cat([f[1] for f in found], dim=1).T)
 
     def _whole_of(self, row: int) -> Whole:
         adapter = self.adapters[row]
@@ -228,6 +270,11 @@ class LoraBank:
         self.active: Single | Mixture | None = None
         self.revision = 0  # grows whenever the set of adapters changes
         self.whole: Whole | None = None  # of the adapter that last had the model to itself: one more copy of the weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base and every adapter are."""
+        return self.linears[0].weight.device
 
     def names(self) -> list[str]:
         """The names of the adapters, in the order they came."""
@@ -368,8 +415,7 @@ class LoraBank:
         self.revision += 1
 
     def _pair(self, a: Tensor, b: Tensor, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
-        device = self.linears[0].weight.device
-        a, b = a.to(device, torch.float32), b.to(device, torch.float32)
+        a, b = a.to(self.device, torch.float32), b.to(self.device, torch.float32)
         return nn.Parameter(a, requires_grad=trainable), nn.Parameter(b, requires_grad=trainable)
 
     def _layer_names(self) -> str:

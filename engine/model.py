@@ -65,8 +65,14 @@ class CausalModel(nn.Module):
         """
         where = source.device_named(device)
         directory = source.resolve(source_name)
-        model = cls(directory, str(source_name), source.read_config(directory), dtype, where)
-        return model.eval()
+        try:
+            return cls(directory, str(source_name), source.read_config(directory), dtype, where).eval()
+        except torch.OutOfMemoryError as error:
+            free, total = (n / 1e9 for n in torch.cuda.mem_get_info(where))
+            raise ModelError(
+                f"{source_name} does not fit into the memory of {torch.cuda.get_device_name(where)}, of whose {total:.1f} GB {free:.1f} are free: "
+                "stop what else runs there, choose a smaller model, or use device cpu"
+            ) from error
 
     def train(self, mode: bool = True) -> CausalModel:
         """Always evaluation mode: dropout would make the policy that is trained another than the one that was sampled."""

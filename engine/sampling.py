@@ -11,7 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from engine.gpu import onto
+
+BLOCK = 1024  # tokens
 MASK = (1 << 64) - 1
 
 
@@ -35,8 +39,9 @@ def sample(
     logits: (n, V) float32. The log-probability is under the full softmax of logits / temperature, before top-p; a
     temperature of 0 takes the likeliest token and reports at temperature 1. A row with a NaN gives NaN.
     """
+    device = logits.device
     if any(t not in (0, 1) for t in temperatures):
-        logits = logits / torch.tensor([[t or 1.0] for t in temperatures], device=logits.device)
+        logits = logits / onto(device, [[t or 1.0] for t in temperatures], torch.float32)
     probs = logits.softmax(-1)
     greedy = [t == 0 for t in temperatures]
     if all(greedy):
@@ -44,13 +49,14 @@ def sample(
     else:
         kept = probs
         if any(p < 1 for p in top_ps):
-            kept = nucleus(probs, torch.tensor(top_ps, device=logits.device))
-        tokens = invert(kept, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+            kept = nucleus(probs, onto(device, top_ps, torch.float32))
+        find = invert_in_blocks if probs.is_cuda else invert
+        tokens = find(kept, onto(device, uniforms, torch.float64))
         if any(greedy):
-            tokens = torch.where(
-                torch.tensor(greedy, device=logits.device)[:, None], logits.argmax(-1, keepdim=True), tokens
-            )
-    return tokens[:, 0].tolist(), probs.gather(-1, tokens)[:, 0].log().tolist()
+            tokens = torch.where(onto(device, greedy, torch.bool)[:, None], logits.argmax(-1, keepdim=True), tokens)
+    logprobs = probs.gather(-1, tokens).log()
+    chosen, nats = torch.cat((tokens.double(), logprobs.double()), 1).T.tolist()  # one transfer; a GPU is waited for here alone
+    return [int(token) for token in chosen], nats
 
 
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -58,6 +64,18 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)
+
+
+def invert_in_blocks(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """`invert`, to rounding in float64: first the block of tokens, then the token. A GPU adds up one long row slowly."""
+    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).view(len(probs), -1, BLOCK)  # (n, blocks, BLOCK)
+    reached = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, blocks)
+    target = uniforms[:, None] * reached[:, -1:]
+    block = torch.searchsorted(reached, target, right=True).clamp(max=reached.shape[-1] - 1)  # (n, 1)
+    before = F.pad(reached, (1, 0)).gather(-1, block)
+    inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].cumsum(-1, dtype=torch.float64)  # (n, BLOCK)
+    within = torch.minimum(target - before, inside[:, -1:] * (1 - 2.0**-50))  # rounding must not lead to a token without a share
+    return (block * BLOCK + torch.searchsorted(inside, within, right=True)).clamp(max=probs.shape[-1] - 1)
 
 
 def nucleus(probs: Tensor, top_ps: Tensor) -> Tensor:

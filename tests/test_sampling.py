@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.sampling import nucleus, sample, uniform
+from engine.sampling import invert, invert_in_blocks, nucleus, sample, uniform
 
 
 def row(*logits: float) -> torch.Tensor:
@@ -116,3 +116,16 @@ def test_broken_logits_show_as_a_broken_logprob_in_their_row_only() -> None:
     _, logprobs = sample(logits, [1.0, 1.0], [1.0, 1.0], [0.5, 0.5])
     assert math.isnan(logprobs[0])
     assert logprobs[1] == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 1024, 5000])
+def test_finding_the_block_first_finds_the_same_token(vocabulary: int) -> None:
+    """With tokens that have no share, and the numbers at both ends."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    probs = torch.randn(64, vocabulary, generator=generator).mul(3).softmax(-1)
+    probs[::2, torch.randperm(vocabulary, generator=generator)[: vocabulary // 2]] = 0.0
+    uniforms = torch.rand(64, dtype=torch.float64, generator=generator)
+    uniforms[:2], uniforms[2:4] = 0.0, 1 - 2.0**-53
+    got = invert_in_blocks(probs, uniforms)
+    assert torch.equal(got, invert(probs, uniforms)) and got.shape == (64, 1)
+    assert bool((probs.gather(1, got) > 0).all())
