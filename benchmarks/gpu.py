@@ -132,16 +132,14 @@ def weight_bytes(directory: Path) -> int:
 
 
 def decode_step(engine: Engine, prompt: Sequence[int], new: int, device: str) -> float:
-    """Median seconds of a decode step of one reply."""
+    """Median seconds from token to token of one reply: the engine's steps, each of which ends with the token on this side."""
     engine.add(list(prompt), [SamplingParams(max_tokens=new, ignore_eos=True)], ["base"])
-    steps = []
+    wait(device)
+    ends = []
     while engine.has_work():
-        wait(device)
-        began = time.perf_counter()
         engine.step()
-        wait(device)
-        steps.append(time.perf_counter() - began)
-    return statistics.median(steps[len(steps) // 4 :])
+        ends.append(time.perf_counter())
+    return statistics.median(after - before for before, after in itertools.pairwise(ends[len(ends) // 4 :]))
 
 
 def measured(update: Callable[..., Figures], device: str, *args: Any) -> Figures:
@@ -221,19 +219,21 @@ def ppo_updates(device: str, directory: Path, prompts: Sequence[Sequence[int]], 
     """Seconds, reply tokens a second and peak memory of ours, ours as TRL does it, and TRL's: None where it could not be run."""
     small: dict[str, Any] = {"prompts_per_update": 4, "replies_per_prompt": 4, "max_new_tokens": 8} if quick else {}
     config = PPOConfig(updates=counted + 1, tokens=10**9, kl_ceiling=1e9, max_seconds=1e9, **small)
-    found: dict[str, Figures | None] = {
-        "ours": measured(our_update, device, directory, prompts, config),
-        "ours, gae": measured(our_update, device, directory, prompts, replace(config, estimator="gae")),
-    }
-    try:
-        found["trl"] = measured(trl_update, device, directory, prompts, config)
-    except Exception as error:  # a peer that fails is a row without figures
-        print(f"TRL's update could not be run: {type(error).__name__}: {first_line(error)}", flush=True)
-        found["trl"] = None
-    for who, figures in found.items():
-        if figures is not None:
-            peak = "" if figures["peak_bytes"] is None else f", {figures['peak_bytes'] / 1e9:.2f} GB at most"
-            print(f"PPO update {who:<9} {figures['seconds']:6.2f} s, {figures['tokens_per_s']:7.0f} reply tokens/s{peak}", flush=True)
+    contestants: dict[str, tuple[Callable[..., Figures], PPOConfig]] = {
+        "ours": (our_update, config), "ours, gae": (our_update, replace(config, estimator="gae")), "trl": (trl_update, config),
+    }  # fmt: skip
+    found: dict[str, Figures | None] = {}
+    for who, (update, own) in contestants.items():
+        try:
+            figures = found[who] = measured(update, device, directory, prompts, own)
+        except Exception as error:
+            if update is not trl_update:
+                raise
+            found[who] = None  # a peer that is not there, or fails, is a row without figures
+            print(f"TRL's update could not be run: {type(error).__name__}: {first_line(error)}", flush=True)
+            continue
+        peak = "" if figures["peak_bytes"] is None else f", {figures['peak_bytes'] / 1e9:.2f} GB at most"
+        print(f"PPO update {who:<9} {figures['seconds']:6.2f} s, {figures['tokens_per_s']:7.0f} reply tokens/s{peak}", flush=True)
     return found
 
 

@@ -1,6 +1,6 @@
 """Keys and values of running sequences: one row each, consecutive rows in use, written in place.
 
-Owns the memory and the ways a forward pass meets it: `Prompt` (part of one row), `Rows` (one new token in each
+Owns the memory and the ways a forward pass meets it: `Prompt` (part of one row), `Pack` (whole prompts), `Rows` (one new token in each
 running row) and `Slots` (the same, with nothing of it known to Python, so that a step can be replayed). Which sequence has which row is the scheduler's affair. Rows are kept together, so a step reads slices
 and never gathers.
 """
@@ -86,6 +86,27 @@ class Prompt:
         keys[:, self.start : self.end] = k[0]
         values[:, self.start : self.end] = v[0]
         return (keys[None, :, : self.end], values[None, :, : self.end]) if self.start else (k, v)
+
+
+class Pack:
+    """Whole prompts side by side, prompt i to be row rows[i]: its tokens are written there and attend to those before them in it."""
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        cache.reserve(max(rows) + 1, max(lengths))
+        self.cache, self.end = cache, sum(lengths)
+        places = [(row, at) for row, length in zip(rows, lengths, strict=True) for at in range(length)]
+        self.rows, self.at = onto(cache.keys.device, places, torch.long).T  # (T,)
+        self.positions = self.at[None]  # (1, T)
+        self.mask = None  # None: plain causal
+        if len(rows) > 1:
+            ok = (self.rows == self.rows[:, None]) & (self.at <= self.at[:, None])  # (T, T)
+            self.mask = additive(ok, cache.keys.dtype)[None, None]  # (1, 1, T, T)
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (1, kv_heads, T, head_dim), which are also what is attended to."""
+        self.cache.keys[layer][self.rows, :, self.at] = k[0].transpose(0, 1)
+        self.cache.values[layer][self.rows, :, self.at] = v[0].transpose(0, 1)
+        return k, v
 
 
 class Rows:

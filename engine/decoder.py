@@ -125,8 +125,10 @@ class Block(nn.Module):
         if count == 1:  # one query: the heads of a group share k and v, so they go where the queries go
             out = F.scaled_dot_product_attention(q.view(batch, kv, h // kv, d), k, v, attn_mask=mask)
             return out.reshape(batch, 1, h * d)
+        if mask is not None and q.is_cuda:  # the kernels there that take a mask know no groups: the whole of the scores would be laid out
+            k, v = (t.repeat_interleave(h // kv, 1) for t in (k, v))
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=h != kv
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2).reshape(batch, count, h * d)
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Prompt, Rows
+from engine.cache import Pack, Prompt, Rows
 from engine.gpu import onto
 from engine.lora import AdapterError, Mixture
 from engine.model import CausalModel
 from engine.prefixes import Prefixes
-from engine.replay import Replay
+from engine.replay import SAID, Fed, Flight, Replay
 from engine.sampling import sample, uniform
 from engine.scheduler import QueueFull, Scheduler
 from engine.sequence import BASE, PromptRead, SamplingParams, Sequence
@@ -34,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 MIXTURES = 4  # kept for when the same versions run together again
 PREFILL_TOKENS = 512  # prompt tokens read per step at most, so that a long prompt does not hold up the others
+GPU_PREFILL_TOKENS = 2048  # the same on a GPU
 
 
 class PromptTooLong(Exception):
@@ -95,6 +96,7 @@ class Engine:
         self._ids = itertools.count()
         self._eos = frozenset(tokenizer.eos_ids) | frozenset(model.eos_ids)
         self._replay = Replay(model, self._cache, max_sequences) if model.device.type == "cuda" and model.net.replayable else None
+        self._flying: tuple[list[Sequence], Flight] | None = None  # a step started ahead, and for whom
         self._mixtures: dict[tuple[str, ...], Mixture] = {}  # by the versions in them, the latest used last
         self._revision = model.lora.revision  # of the bank, that they were made from
         self._stack: Mixture | None = None  # the one in use
@@ -115,11 +117,15 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """One new token for every running sequence; prompts join and finished sequences leave."""
+        said = self._replayed()
         hidden = [*self._decode(), *self._prefill()]
-        if not hidden:
+        running = list(self.scheduler.running)
+        if not running:
             return []
-        tokens, logprobs = self._sample(self.model.logits(torch.cat(hidden)))
-        deltas = [self._extend(*new) for new in zip(self.scheduler.running, tokens, logprobs, strict=True)]
+        if hidden:
+            new = self._sample(self.model.logits(torch.cat(hidden)))
+            said |= zip(running[len(said) :], zip(*new, strict=True), strict=True)
+        deltas = [self._extend(s, *said[s]) for s in running]
         for row, delta in enumerate(deltas, 1):
             if delta.finished and delta.sequence.finish_reason != "cancelled":
                 self._keep(delta.sequence, delta.sequence.prompt_ids + delta.sequence.token_ids[:-1], row)
@@ -226,24 +232,50 @@ class Engine:
             )
 
     def _decode(self) -> list[Tensor]:
-        """Feed every running sequence its newest token: [(n, D)]."""
+        """Feed every running sequence its newest token, where steps are not replayed: [(n, D)]."""
         running = self.scheduler.running
-        if not running:
+        if not running or self._replay is not None:
             return []
-        newest, lengths, versions = [s.token_ids[-1] for s in running], [s.cached for s in running], [s.version for s in running]
-        if self._replay is not None:
-            return [self._replay(newest, lengths, *self._mixture(versions))]
-        ids = torch.tensor(newest, device=self.model.device)[:, None]
-        rows = Rows(self._cache, lengths, first=1)
-        return [self.model(ids, adapter=self._adapter(versions), cache=rows)[:, -1]]
+        ids = onto(self.model.device, [[s.token_ids[-1]] for s in running], torch.long)
+        rows = Rows(self._cache, [s.cached for s in running], first=1)
+        adapter = self._adapter([s.version for s in running])
+        return [self.model(ids, adapter=adapter, cache=rows)[:, -1]]
+
+    def _replayed(self) -> dict[Sequence, tuple[int, float]]:
+        """Where steps are replayed: every running sequence's next token and its log-probability.
+
+        The step after this one is started before this one's tokens are read, which it finds on the GPU. For a reply that turns out
+        to be over that was for nothing, which costs less than a GPU that waits for Python.
+        """
+        running, flying = list(self.scheduler.running), self._flying
+        self._flying = None
+        if self._replay is None or not running:
+            return {}
+        sequences, flight = flying or self._start(running)
+        drawn = all(s.params.top_p == 1 for s in sequences)
+        if drawn and sequences == running and not self.scheduler.queued:
+            self._flying = self._start(running, ahead=1)
+        tokens, logprobs = flight.read() if drawn else self._sample(flight.logits, sequences)
+        return {s: (t, p) for s, t, p in zip(sequences, tokens, logprobs, strict=True) if not s.finished}
+
+    def _start(self, sequences: list[Sequence], ahead: int = 0) -> tuple[list[Sequence], Flight]:
+        """Start a replayed step. ahead: 1 where each one's newest token is not known here yet."""
+        assert self._replay is not None
+        adapters, mixture = self._mixture([s.version for s in sequences])
+        fed = [
+            Fed(SAID if ahead else s.token_ids[-1], s.cached + ahead, i, s.params.temperature, uniform(s.params.seed, len(s.token_ids) + ahead))
+            for s, i in zip(sequences, adapters, strict=True)
+        ]
+        return sequences, self._replay(fed, mixture)
 
     def _prefill(self) -> list[Tensor]:
         """Read waiting prompts, up to a budget of tokens; where one is done, its sequences join: [(K, D), ...]."""
-        budget, hidden = PREFILL_TOKENS, []
-        while budget > 0 and (read := self.scheduler.next_read()):
-            if not read.done and self._prefixes is not None:
-                read.done = self._prefixes.restore((read.version, read.owner), read.prompt_ids, self._cache, 0)
-                self.stats.reused_tokens += read.done
+        hidden: list[Tensor] = []
+        budget = PREFILL_TOKENS if self._replay is None else GPU_PREFILL_TOKENS
+        while budget > 0 and (read := self._next_read()):
+            if self._replay is not None and not read.done and read.left <= budget:
+                budget -= self._prefill_pack(budget, hidden)
+                continue
             count = min(read.left, budget)
             ids = onto(self.model.device, [read.prompt_ids[read.done : read.done + count]], torch.long)
             adapter = self._adapter([read.version])
@@ -259,6 +291,39 @@ class Engine:
                     self._cache.copy(0, row + 1, len(read.prompt_ids))
                 hidden.append(last.expand(len(read.sequences), -1))
         return hidden
+
+    def _next_read(self) -> PromptRead | None:
+        """The prompt to read on, from where it is not known from before."""
+        read = self.scheduler.next_read()
+        if read and not read.done and self._prefixes is not None:
+            read.done = self._prefixes.restore((read.version, read.owner), read.prompt_ids, self._cache, 0)
+            self.stats.reused_tokens += read.done
+        return read
+
+    def _prefill_pack(self, budget: int, hidden: list[Tensor]) -> int:
+        """Read the next prompts of one version together, as far as they fit the budget whole: a GPU reads a few no faster than many."""
+        pack: list[tuple[PromptRead, range]] = []
+        count = 0
+        while (read := self._next_read()) and not read.done and count + read.left <= budget:
+            if pack and pack[0][0].version != read.version:
+                break
+            pack.append((read, self.scheduler.join(read)))
+            count += read.left
+        reads, rows = [read for read, _ in pack], [row for _, row in pack]
+        self._cache.reserve(rows[-1][-1] + 2, 0)
+        ids = onto(self.model.device, [[i for read in reads for i in read.prompt_ids]], torch.long)
+        span = Pack(self._cache, [row[0] + 1 for row in rows], [read.left for read in reads])
+        states = self.model(ids, adapter=self._adapter([reads[0].version]), cache=span)[0]  # (T, D)
+        end = 0
+        for read, (first, *others) in zip(reads, rows, strict=True):
+            end += read.left
+            read.done = read.left
+            self._keep(read, read.prompt_ids, first + 1)
+            for row in others:
+                self._cache.copy(first + 1, row + 1, read.done)
+            hidden.append(states[end - 1].expand(1 + len(others), -1))
+        self.stats.prefill_tokens += count
+        return count
 
     def _keep(self, whose: Sequence | PromptRead, ids: list[int], row: int) -> None:
         """Remember `ids`, whose keys and values are in `row`, for what may follow them."""
@@ -290,8 +355,9 @@ class Engine:
                 del self._mixtures[next(iter(self._mixtures))]
         return [names.index(v) if v != BASE else -1 for v in versions], self._stack
 
-    def _sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        running = self.scheduler.running
+    def _sample(self, logits: Tensor, sequences: list[Sequence] | None = None) -> tuple[list[int], list[float]]:
+        """The next token of these sequences, or of the last that run."""
+        running = self.scheduler.running[-len(logits) :] if sequences is None else sequences
         return sample(
             logits,
             [s.params.temperature for s in running],
@@ -325,7 +391,7 @@ class Engine:
 
     def _leave(self, gone: Iterable[Sequence]) -> None:
         for sequence, src, dst in self.scheduler.remove(gone):
-            self._cache.copy(src + 1, dst + 1, sequence.cached)
+            self._cache.copy(src + 1, dst + 1, sequence.cached + (self._flying is not None))  # a step under way has added one
         self._count()
 
     def _count(self) -> None:
@@ -333,6 +399,7 @@ class Engine:
         self.stats.kv_bytes = self._cache.bytes
         self.stats.kept_bytes = self._prefixes.bytes if self._prefixes is not None else 0
         if not self.has_work():
+            self._flying = None
             for mixture in self._mixtures.values():
                 mixture.rest()
 

@@ -8,7 +8,9 @@ which comes with torch for CUDA on Linux, and a C compiler; without either the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from torch import Tensor
 
 ROWS = 4  # rows that a product of ours takes at most; for more, torch's is the faster one
 log = logging.getLogger("plaudit.engine")
+_recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
 def onto(device: torch.device, values: Sequence[object], dtype: torch.dtype) -> Tensor:
@@ -38,7 +41,7 @@ class Low(NamedTuple):
 @cache
 def kernels(device: torch.device) -> ModuleType | None:
     """The kernels, once they were built here and gave the right numbers; else None."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16 before
         return None
     try:
         from engine import kernels as built
@@ -53,9 +56,20 @@ def kernels(device: torch.device) -> ModuleType | None:
     return None
 
 
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Within, launches are recorded and not paid for again: Triton's cost more of Python's time than torch's (13 and 7 ms a step, measured)."""
+    token = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
+
+
 def takes(x: Tensor) -> bool:
-    """Whether `linear` is the way to go for x (..., in): on a GPU with kernels, few rows, no gradient."""
-    return x.is_cuda and x.numel() <= ROWS * x.shape[-1] and not torch.is_grad_enabled() and kernels(x.device) is not None
+    """Whether `linear` is the way to go for x (..., in): in what is `recorded` on a GPU with kernels, few rows, no gradient."""
+    few = x.is_cuda and x.numel() <= ROWS * x.shape[-1]
+    return few and _recorded.get() and not torch.is_grad_enabled() and kernels(x.device) is not None
 
 
 def linear(
@@ -121,12 +135,13 @@ def attend(
     n, kv_heads, _, d = keys.shape
     built, wide = kernels(qkv.device), max(16, 1 << (d - 1).bit_length())
     assert built is not None
+    block = max(16, min(128, 16384 // (wide * keys.element_size())))  # cached tokens at a time: 16 KB each of keys and values
     out = qkv.new_empty(n, 1, heads * d)
     q_norm, k_norm = norms or (out, out)
     with torch.cuda.device(qkv.get_device()):
         built.attend_kernel[(n, kv_heads)](
             qkv, *rope, q_norm, k_norm, keys, values, lengths, out, keys.stride(0), keys.stride(1), eps, d**-0.5,
-            GROUP=heads // kv_heads, D=d, BG=max(16, 1 << (heads // kv_heads - 1).bit_length()), BD=wide, BS=128 if wide <= 64 else 64,
+            GROUP=heads // kv_heads, D=d, BG=max(16, 1 << (heads // kv_heads - 1).bit_length()), BD=wide, BS=block,
             NORM=norms is not None, OVERLAP=overlaps(qkv.device), num_warps=4, num_stages=2, launch_pdl=overlaps(qkv.device),
         )  # fmt: skip
     return out

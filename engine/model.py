@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import decoder, packed, source
-from engine.cache import KVCache, Prompt, Rows, additive
+from engine.cache import KVCache, Pack, Prompt, Rows, Slots, additive
 from engine.lora import LoraBank, Mixture
 from engine.source import ModelError
 
@@ -107,7 +107,7 @@ class CausalModel(nn.Module):
 
     def forward(
         self, ids: Tensor, *, positions: Tensor | None = None, valid: Tensor | None = None, attend: Tensor | None = None,
-        adapter: str | Mixture | None = None, cache: Prompt | Rows | None = None,
+        adapter: str | Mixture | None = None, cache: Prompt | Pack | Rows | Slots | None = None,
     ) -> Tensor:  # fmt: skip
         """Final-normed hidden states (B, T, D) of ids (B, T), differentiable in the adapter's parameters.
 

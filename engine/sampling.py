@@ -59,6 +59,17 @@ def sample(
     return [int(token) for token in chosen], nats
 
 
+def draw(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample` with top_p 1, of tensors alone, each (n,) -> tokens, and log-probabilities in float64, (n,). It waits for nothing, so it can be recorded."""
+    greedy = temperatures == 0
+    scaled = logits / torch.where(greedy, 1.0, temperatures).to(logits.dtype)[:, None]
+    top, likeliest = scaled.max(-1, keepdim=True)
+    weights = (scaled - top).exp()  # (n, V)
+    tokens = torch.where(greedy[:, None], likeliest, invert_in_blocks(weights, uniforms))
+    total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    return tokens[:, 0], ((scaled.gather(-1, tokens) - top).double() - total.log())[:, 0]
+
+
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     """(n, V) weights, (n,) numbers in [0, 1) -> (n, 1): the first token whose cumulative share exceeds the number."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)

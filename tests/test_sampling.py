@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.sampling import invert, invert_in_blocks, nucleus, sample, uniform
+from engine.sampling import draw, invert, invert_in_blocks, nucleus, sample, uniform
 
 
 def row(*logits: float) -> torch.Tensor:
@@ -129,3 +129,15 @@ def test_finding_the_block_first_finds_the_same_token(vocabulary: int) -> None:
     got = invert_in_blocks(probs, uniforms)
     assert torch.equal(got, invert(probs, uniforms)) and got.shape == (64, 1)
     assert bool((probs.gather(1, got) > 0).all())
+
+
+def test_drawing_with_tensors_alone_is_sampling() -> None:
+    """Greedy rows, other temperatures and a row that broke down; to rounding, so odds of a false alarm about 1e-4."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(9, 3000, generator=generator) * 4
+    logits[8, 17] = math.nan
+    temperatures, uniforms = [1.0, 0.7, 0.0, 2.0, 1.0, 0.0, 0.3, 1.0, 1.0], torch.rand(9, dtype=torch.float64, generator=generator)
+    tokens, logprobs = draw(logits, torch.tensor(temperatures, dtype=torch.float64), uniforms)
+    want, nats = sample(logits, temperatures, [1.0] * 9, uniforms.tolist())
+    assert tokens[:8].tolist() == want[:8] and logprobs[:8].tolist() == pytest.approx(nats[:8], abs=1e-5)
+    assert math.isnan(logprobs[8]) and 0 <= tokens[8] < 3000
