@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import gpu
 from engine.model import CausalModel
+from learner.config import PPOConfig
 
 
 def test_without_a_gpu_it_says_so_and_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +33,22 @@ def test_targets_are_against_generate_and_the_floor() -> None:
     k4, people = {"engine": 400.0, "generate": 100.0}, {"engine": 900.0, "generate, one at a time": 100.0, "generate, padded batch": 2000.0}
     assert gpu.against_targets(k4, people, 0.5) == {"k4": True, "people": True, "floor": True}
     assert gpu.against_targets({"engine": 399.0, "generate": 100.0}, people, 0.49) == {"k4": False, "people": True, "floor": False}
+
+
+def test_a_peer_that_cannot_be_run_is_a_row_without_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def ours(device: str, directory: Path, prompts: list[list[int]], config: PPOConfig) -> dict[str, float]:
+        asked.append((config.estimator, config.updates))
+        return {"seconds": 2.0, "tokens_per_s": 30.0}
+
+    def absent(*_: object) -> dict[str, float]:
+        raise ImportError("no trl here\nand more")
+
+    monkeypatch.setattr(gpu, "our_update", ours)
+    monkeypatch.setattr(gpu, "trl_update", absent)
+    got = gpu.ppo_updates("cpu", Path("model"), [[1]], 3, True)
+    row = {"seconds": 2.0, "tokens_per_s": 30.0, "peak_bytes": None}
+    assert got == {"ours": row, "ours, gae": row, "trl": None}
+    assert asked == [("gae-ls", 4), ("gae", 4)]  # one update more, of warm-up
+    assert "TRL's update could not be run: ImportError: no trl here\n" in capsys.readouterr().out
