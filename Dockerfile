@@ -44,6 +44,10 @@ ENTRYPOINT ["plaudit"]
 CMD ["serve"]
 
 FROM runtime AS cuda
+# Triton builds its kernels (engine/kernels.py) with a C compiler; without one replies come more slowly.
+USER root
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER plaudit
 COPY --from=build-cuda /venv /venv
 
 FROM runtime AS cpu

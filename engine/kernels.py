@@ -3,7 +3,7 @@
 A decode step reads every weight once and computes next to nothing with it. A layer is some twenty operations of torch's, which at two
 microseconds each take longer than the reading; here it is five kernels, each of which begins to fetch its weights while the
 kernel before it still ends (`gdc_wait` is where it waits for that one's results). Inference only. Owns the arithmetic on
-pointers; which tensors, and when these kernels are used at all, is `engine/fused.py`'s.
+pointers; which tensors, and when these kernels are used at all, is `engine/gpu.py`'s.
 """
 
 from __future__ import annotations
