@@ -28,11 +28,12 @@ from torch import Tensor
 
 from engine.engine import Engine, SamplingParams
 from engine.features import feature_count
+from learner.batching import chunks, pass_tokens
 from learner.config import RewardConfig
 from learner.data import RankedExample, split_folds
 from learner.prompts import HERE as STARTER_DATA
 from learner.prompts import prompts_from
-from learner.reward import RewardModel, by_length, features_of, fit_members, weigh
+from learner.reward import RewardModel, features_of, fit_members, weigh
 from learner.tastes import Taste, favourite, taste_named
 from learner.versions import open_model
 from server.choice import POLICIES, choose
@@ -110,7 +111,7 @@ def sampled(args: argparse.Namespace) -> tuple[Any, list[Replies], list[Replies]
         pairs = [(s.prompt_ids, s.token_ids) for s in done]
         reward, features = RewardModel(model, RewardConfig(), []), torch.empty(len(pairs), feature_count(model.hidden_size))
         with torch.no_grad():
-            for part in by_length(pairs, 32):
+            for part in chunks([len(prompt) + len(reply) for prompt, reply in pairs], pass_tokens(model.device)):
                 features[part] = features_of(model, reward.rows([pairs[i] for i in part]), None)
         raw = [(list(s.prompt_ids), s.text, list(s.token_ids), row) for s, row in zip(done, features, strict=True)]
         if args.samples:

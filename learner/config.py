@@ -39,7 +39,6 @@ class RewardConfig:
     folds: int = 4  # of the cross-validation
     max_examples: int = 400  # comparisons used, each voter's newest first in turn: a round must stay short
     max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut
-    score_batch: int = 32  # sequences a scoring pass
 
     def __post_init__(self) -> None:
         _need(self.members >= 1, "reward.members must be at least 1")
@@ -88,7 +87,7 @@ class PPOConfig:
     judge_every: int = 4  # updates between looks at the held-out reward members
     patience: int = 2  # looks in a row that lie `part` under the best before the run goes back to the best
     part: float = 0.5  # deviations of the reference's replies
-    chunk_tokens: int = 2048  # padded tokens of one forward pass
+    chunk_tokens: int = 0  # padded tokens of one forward pass at most; 0: as suits the device (`learner/batching.py`)
     whiten_rewards: bool = True
     whiten_advantages: bool = True
     max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it

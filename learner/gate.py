@@ -31,7 +31,6 @@ from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetitio
 
 PROBES = Path(__file__).parent / "starter" / "probe.jsonl"
 OTHERS = 3  # wrong answers that a probe's right one is set against
-CHUNK_TOKENS = 4096
 PROBES_AT_ONCE = 32  # with all their answers, a row each
 Progress = Callable[[float, str], None]
 
@@ -288,7 +287,7 @@ def mean_interval(x: Tensor, confidence: float = 0.9) -> tuple[float, float, flo
 def reply_kl(model: CausalModel, batch: Trajectories, adapter: str, reference: str | None, temperature: float) -> Tensor:
     """(B,) nats of each reply sampled from `adapter`, by `rollout.reply_divergence`; the mean estimates KL(adapter, reference)."""
     total = torch.zeros(len(batch))
-    for rows in rollout.chunks(batch, range(len(batch)), CHUNK_TOKENS):
+    for rows in rollout.passes(batch, range(len(batch))):
         total[rows.cpu()] = rollout.reply_divergence(model, batch, rows, adapter, reference, temperature).kl.sum(1).cpu()
     return total
 

@@ -16,11 +16,11 @@ import torch
 
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from learner.batching import chunks, pass_tokens
 from store.errors import BadImport
 from store.rows import read_text
 
 LETTERS = ("A", "B", "C", "D")
-CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def letter_logprobs(
         raise BadImport("this model's tokenizer writes A, B, C and D with the same first token: MMLU cannot be asked")
     found = torch.empty(len(prompts), len(LETTERS))
     done = 0
-    for rows in chunks([len(p) for p in prompts], CHUNK_TOKENS):
+    for rows in chunks([len(p) for p in prompts], pass_tokens(model.device)):
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.full((len(rows), longest), model.pad_id)
         valid = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -130,13 +130,3 @@ def letter_logprobs(
         if progress is not None:
             progress(done, len(prompts))
     return found
-
-
-def chunks(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices in batches of like length, each at most `most` padded tokens (one alone may exceed it)."""
-    found: list[list[int]] = [[]]
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if found[-1] and (len(found[-1]) + 1) * lengths[i] > most:
-            found.append([])
-        found[-1].append(i)
-    return [rows for rows in found if rows]

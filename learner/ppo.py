@@ -373,7 +373,7 @@ def learn(
             tokens = batch.mask[part].sum()
             figures: dict[str, float] = {}
             optimizer.zero_grad()
-            for chunk in rollout.chunks(batch, part, config.chunk_tokens):
+            for chunk in rollout.passes(batch, part, config.chunk_tokens):
                 new = rollout.reply_logprobs(model, batch, chunk, policy, config.temperature)
                 mask = batch.mask[chunk, : new.shape[1]]
                 share = mask.sum() / tokens  # chunk means add up to the minibatch's mean over tokens
@@ -385,7 +385,8 @@ def learn(
                     loss, parts = loss + v.loss * share, parts | {"value_loss": v.loss, "value_clipfrac": v.clipfrac}
                 loss.backward()
                 for name, figure in parts.items():
-                    figures[name] = figures.get(name, 0.0) + float(figure.detach() * share)
+                    figures[name] = figures.get(name, 0.0) + float(figure.detach() * mask.sum())
+            figures = {name: total / float(tokens) for name, total in figures.items()}
             if mixed is not None:
                 likely = mixed.loss(policy, rng)
                 (config.ptx_coef * likely).backward()
@@ -408,7 +409,7 @@ def over(
 ) -> tuple[Tensor, ...]:
     """`compute` on chunks of rows, its (n, R', ...) results put together as (B, R, ...), 0 elsewhere."""
     whole: list[Tensor] = []
-    for chunk in rollout.chunks(batch, rows, config.chunk_tokens):
+    for chunk in rollout.passes(batch, rows, config.chunk_tokens):
         for i, part in enumerate(compute(chunk)):
             if i == len(whole):
                 whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], device=batch.mask.device))

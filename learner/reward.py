@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from engine.features import COUNTS, feature_count, reply_features
 from engine.lora import AdapterError
 from engine.model import CausalModel
+from learner.batching import chunks, pass_tokens
 from learner.config import RewardConfig
 from learner.data import RankedExample, Split
 from learner.heads import HeldOut, knows_level, linear_probe
@@ -129,7 +130,7 @@ class RewardModel:
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         chosen = self.members if members is None else [self.members[i] for i in members]
         scores = torch.empty(len(rows), len(chosen))
-        for part in by_length(rows, self.config.score_batch):
+        for part in chunks([len(prompt) + len(reply) for prompt, reply in rows], pass_tokens(self.model.device)):
             batch = self.rows([rows[i] for i in part])
             features = {a: features_of(self.model, batch, a) for a in dict.fromkeys(m.adapter for m in chosen)}
             for column, member in enumerate(chosen):
@@ -204,12 +205,6 @@ class RewardModel:
             replied[i, max(0, len(row) - len(reply)) : len(row)] = True
         device = self.model.device
         return Rows(ids.to(device), valid.to(device), replied.to(device))
-
-
-def by_length(pairs: Sequence[Pair], size: int) -> list[list[int]]:
-    """Indices of `pairs` in batches of `size`, like lengths together: little padding."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 class Fit:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from learner.batching import chunks, pass_tokens
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,11 @@ def at_characters(tokenizer: ChatTokenizer, completion: Sequence[int], ends: Seq
     return [next((k for k, length in enumerate(reached) if length >= end > 0), len(completion) - 1) for end in ends]
 
 
-def chunks(batch: Trajectories, rows: Sequence[int], max_tokens: int) -> list[Tensor]:
-    """Split `rows` into like-length chunks of at most `max_tokens` padded tokens (one row may exceed it alone)."""
-    lengths = batch.valid.sum(1)
-    order = sorted(rows, key=lambda i: int(lengths[i]))
-    parts: list[list[int]] = [[]]
-    for i in order:
-        if parts[-1] and (len(parts[-1]) + 1) * int(lengths[i]) > max_tokens:
-            parts.append([])
-        parts[-1].append(i)
-    return [torch.tensor(part, device=batch.ids.device) for part in parts if part]
+def passes(batch: Trajectories, rows: Sequence[int], max_tokens: int = 0) -> list[Tensor]:
+    """`rows` in `batching.chunks` of at most `max_tokens` padded tokens; 0: as many as suit the device."""
+    lengths, device, rows = batch.valid.sum(1).tolist(), batch.ids.device, sorted(rows)  # the same rows, the same passes
+    found = chunks([lengths[i] for i in rows], max_tokens or pass_tokens(device))
+    return [torch.tensor([rows[i] for i in part], device=device) for part in found]
 
 
 def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None) -> Tensor:

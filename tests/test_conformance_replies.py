@@ -197,7 +197,7 @@ def test_the_state_before_each_reply_token_is_transformers(case: Case) -> None:
 
 def test_the_reward_model_reads_the_last_valid_token_even_where_that_is_the_pad(case: Case) -> None:
     """As transformers' own states have it; of the reply's own tokens, the last is part of the mean, the sum and the count."""
-    reward = RewardModel.create(case.model, RewardConfig(members=1, score_batch=64), 1)
+    reward = RewardModel.create(case.model, RewardConfig(members=1), 1)
     torch.nn.init.normal_(reward.members[0].head.weight, generator=torch.Generator().manual_seed(0))
     scores = reward.score(case.batch.prompts, case.batch.completions)[:, 0]
     weight = reward.members[0].head.weight.detach()[0]

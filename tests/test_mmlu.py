@@ -10,7 +10,8 @@ import torch
 
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
-from learner.mmlu import Question, chunks, letter_logprobs, prompt_ids, prompt_text, read_mmlu, read_questions
+from learner.batching import chunks
+from learner.mmlu import Question, letter_logprobs, prompt_ids, prompt_text, read_mmlu, read_questions
 from store import BadImport
 
 DEV = [["Find the degree of Q(sqrt(2)) over Q.", "0", "4", "2", "6", "C"], ["What is 1 + 1?", "1", "2", "3", "4", "B"]]

@@ -14,8 +14,8 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.rollout import (
     Trajectories,
-    chunks,
     collect,
+    passes,
     reply_divergence,
     reply_hidden,
     reply_logprobs,
@@ -145,12 +145,12 @@ def test_the_same_seed_gives_the_same_rollouts(engine: Engine, prompts: list[lis
     assert batch.completions[0] != batch.completions[1]  # one prompt's replies differ
 
 
-def test_chunks_hold_every_row_once_and_stay_small(batch: Trajectories) -> None:
-    parts = chunks(batch, [0, 2, 3, 5], max_tokens=90)
+def test_passes_hold_every_row_once_and_stay_small(batch: Trajectories) -> None:
+    parts = passes(batch, [0, 2, 3, 5], max_tokens=90)
     assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 5]
     for part in parts:
         assert len(part) == 1 or len(part) * int(batch.valid[part].sum(1).max()) <= 90
-    assert len(chunks(batch, range(6), 10**6)) == 1
+    assert len(passes(batch, range(6), 10**6)) == 1
 
 
 def test_hidden_states_are_those_before_each_reply_token(model: CausalModel, batch: Trajectories) -> None:
