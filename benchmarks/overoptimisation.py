@@ -104,8 +104,8 @@ def stops(points: Sequence[dict[str, float]], config: LearnerConfig) -> dict[str
     peak = max(points, key=lambda p: p["gold"])
     judged, stopped = Judged(config.ppo.patience, config.ppo.part), None
     for point in points:
-        if judged.parted(point["judges"]):
-            stopped = points[judged.scores.index(max(judged.scores))]
+        if judged.parted(point["judges"], point["proxy"]):
+            stopped = points[judged.looks.index(max(judged.looks))]
             break
     under = [p for p in points if p["kl"] <= config.ppo.kl_ceiling * config.ppo.kl_target]
     ends: dict[str, Any] = {"peak": peak, "last": points[-1], "judges": stopped, "kl_ceiling": under[-1]}

@@ -267,7 +267,7 @@ def train_ppo(
                 controller.update(kl_reply, len(batch), done)
                 optimizer.state.clear()  # its momentum points over the ceiling
                 continue
-            parted = "judges" in row and judged.parted(row["judges"])
+            parted = "judges" in row and judged.parted(row["judges"], row["score"])
             if parted:
                 history.append(row)
                 if judged.best is not None:
@@ -447,19 +447,26 @@ class Kept:
 
 
 class Judged:
-    """Notices when the held-out members stop liking what the optimised ones like (Gao et al. 2023's overoptimisation)."""
+    """Notices when the held-out members stop liking what the optimised ones go on liking (Gao et al. 2023's overoptimisation).
+
+    Where the KL price calls the policy back both like it less, and have not parted.
+    """
 
     def __init__(self, patience: int, part: float) -> None:
         self.patience, self.part = patience, part
-        self.scores: list[float] = []
+        self.looks: list[tuple[float, float]] = []  # by the held-out members, by the optimised ones
         self.best: Kept | None = None
 
     @property
     def newest_is_best(self) -> bool:
-        return self.scores[-1] == max(self.scores)
+        return self.looks[-1][0] == max(judges for judges, _ in self.looks)
 
-    def parted(self, score: float) -> bool:
-        """Whether the last `patience` scores all lie more than `part` (deviations) under the best before them."""
-        self.scores.append(score)
-        recent, before = self.scores[-self.patience :], self.scores[: -self.patience]
-        return bool(before) and max(recent) < max(before) - self.part
+    def parted(self, judges: float, score: float) -> bool:
+        """Whether in each of the last `patience` looks the judges are more than `part` (deviations) under their best look
+        before, and the score is not under it with them."""
+        self.looks.append((judges, score))
+        recent, before = self.looks[-self.patience :], self.looks[: -self.patience]
+        if not before:
+            return False
+        best_judges, best_score = max(before)
+        return all(best_judges - j - max(0.0, best_score - s) > self.part for j, s in recent)

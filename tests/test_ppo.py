@@ -21,6 +21,7 @@ from learner import rollout
 from learner.config import ConfigError, PPOConfig, RewardConfig
 from learner.faults import fault_advantages, fault_rewards, fault_tokens
 from learner.ppo import (
+    Judged,
     Kept,
     KLController,
     Mixed,
@@ -185,6 +186,17 @@ def test_the_run_goes_back_where_held_out_members_part(model: CausalModel, token
     opposed = reward_for(model, lambda c: -even_share(c), "judge")
     result = train_ppo(model, tokenizer, reward, prompts=prompts, policy="p", config=config, judges=opposed)
     assert "no longer agree" in result.stopped and result.kept_update < result.history[-1]["update"] - 1
+
+
+def test_held_out_members_part_only_where_the_score_does_not_fall_with_them() -> None:
+    def ends(looks: list[tuple[float, float]]) -> list[bool]:
+        judged = Judged(patience=2, part=0.5)
+        return [judged.parted(judges, score) for judges, score in looks]
+
+    assert ends([(1.9, 1.8), (1.3, 1.3), (1.1, 1.2)]) == [False] * 3  # the KL price called it back: both like it less
+    assert ends([(1.0, 1.0), (0.3, 1.0), (0.2, 1.4)]) == [False, False, True]
+    assert ends([(1.0, 1.0), (0.3, 1.5), (0.7, 1.6)]) == [False] * 3  # one look is noise
+    assert ends([(1.0, 1.0), (0.2, 0.8), (0.1, 0.9)]) == [False, False, True]  # by more than the score's own fall
 
 
 def spoken(model: CausalModel, tokenizer: ChatTokenizer, texts: Sequence[str], reasons: Sequence[str]) -> Trajectories:
