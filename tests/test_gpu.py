@@ -28,9 +28,10 @@ from tests.test_replay import busy
 from tests.test_round import QUICK, vote_on
 from tests.tiny import tiny_model_dir
 
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 STARTER = Path(__file__).parents[1] / "learner" / "starter" / "assistant"
