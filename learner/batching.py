@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-CPU_TOKENS, GPU_TOKENS = 256, 4096
+CPU_TOKENS, GPU_TOKENS = 256, 2048
 
 
 def pass_tokens(device: torch.device) -> int:

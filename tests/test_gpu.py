@@ -65,7 +65,7 @@ def make(request: pytest.FixtureRequest, directory: Path, monkeypatch: pytest.Mo
     return make_engine
 
 
-def same(got: list[Sequence], want: list[Sequence]) -> None:
+def assert_same(got: list[Sequence], want: list[Sequence]) -> None:
     """Tokens and reasons alike, log-probabilities to rounding."""
     for ours, theirs in zip(got, want, strict=True):
         assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
@@ -95,8 +95,8 @@ def test_greedy_tokens_with_an_adapter_made_by_peft_equal_those_of_transformers(
 
 def test_replayed_steps_say_what_ordinary_ones_and_the_cpu_say(make: Make) -> None:
     got = busy(make())
-    same(got, busy(make(replayed=False)))
-    same(got, busy(make(device="cpu")))
+    assert_same(got, busy(make(replayed=False)))
+    assert_same(got, busy(make(device="cpu")))
 
 
 def test_versions_and_seeds_side_by_side_equal_each_alone(make: Make) -> None:
@@ -109,7 +109,7 @@ def test_versions_and_seeds_side_by_side_equal_each_alone(make: Make) -> None:
         engine.add(p, [SamplingParams(seed=90 + i, max_tokens=5 + i) for i in range(4)], ["v2", "base", "v1", "base"])
     run(engine)
     alone = make(most=20)
-    same(ours, [alone.generate([prompt], [p], v)[0] for p, v in zip(params, versions, strict=True)])
+    assert_same(ours, [alone.generate([prompt], [p], v)[0] for p, v in zip(params, versions, strict=True)])
 
 
 def test_versions_come_and_go_between_steps(make: Make, tmp_path: Path) -> None:
@@ -165,7 +165,10 @@ def test_a_product_of_ours_is_torchs(rows: int, dtype: torch.dtype) -> None:
     """All that it takes along, with sizes that fill no tile; the wanted numbers are computed in float64."""
     torch.manual_seed(rows)
     k, n, r = 2500, 301, 24
-    draw = lambda *shape: torch.randn(*shape, device=CUDA).to(dtype)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=CUDA).to(dtype)
+
     x, w, bias, add, norm = draw(rows, 1, k), draw(2 * n, k), draw(2 * n), draw(rows, 1, n), draw(k)
     owner, choice = torch.arange(3, device=CUDA).repeat_interleave(8).int(), torch.tensor([-1, 0, 2, 1], device=CUDA)[:rows].int()
     low = gpu.Low(draw(r, k), draw(r, 2 * n), owner, choice)
