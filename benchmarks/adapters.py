@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.engine import SHAPES, random_model
 from engine.engine import Engine, SamplingParams
-from engine.lora import PATIENCE
+from engine.mixture import PATIENCE
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from server.settings import STARTER

@@ -35,10 +35,13 @@ from learner import rollout
 from learner.config import LearnerConfig
 from learner.data import examples_from_votes, split_folds
 from learner.gate import reply_kl
-from learner.ppo import Judged, Scorer, kl_price, train_ppo
+from learner.kl_control import kl_price
+from learner.ppo import train_ppo
 from learner.prompts import prompts_from
 from learner.reward import RewardModel, cross_validate, fit_members
 from learner.rollout import Trajectories
+from learner.scorer import Scorer
+from learner.stopping import Judged
 from learner.tastes import Taste, taste_named
 from learner.text_checks import broken
 from server.settings import STARTER

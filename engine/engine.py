@@ -18,7 +18,8 @@ from torch import Tensor
 
 from engine.cache import Pack, Prompt, Rows
 from engine.gpu import onto
-from engine.lora import AdapterError, Mixture
+from engine.lora import AdapterError
+from engine.mixture import Mixture
 from engine.model import CausalModel
 from engine.prefixes import Prefixes
 from engine.replay import SAID, Fed, Flight, Replay
@@ -99,7 +100,6 @@ class Engine:
         self._flying: tuple[list[Sequence], Flight] | None = None  # a step started ahead, and for whom
         self._mixtures: dict[tuple[str, ...], Mixture] = {}  # by the versions in them, the latest used last
         self._revision = model.lora.revision  # of the bank, that they were made from
-        self._stack: Mixture | None = None  # the one in use
 
     def add(
         self, prompt_ids: list[int], params: list[SamplingParams], versions: list[str], owner: str = ""
@@ -346,14 +346,14 @@ class Engine:
         if self._revision != self.model.lora.revision:
             self._revision = self.model.lora.revision
             self._mixtures.clear()
-        self._stack = self._mixtures.pop(names, None) or (self.model.lora.mixture(names) if names else None)
-        if self._stack is not None:
-            if self._stack.stale:
-                self._stack.renew()
-            self._mixtures[names] = self._stack
+        mixture = self._mixtures.pop(names, None) or (self.model.lora.mixture(names) if names else None)
+        if mixture is not None:
+            if mixture.stale:
+                mixture.renew()
+            self._mixtures[names] = mixture
             if len(self._mixtures) > MIXTURES:
                 del self._mixtures[next(iter(self._mixtures))]
-        return [names.index(v) if v != BASE else -1 for v in versions], self._stack
+        return [names.index(v) if v != BASE else -1 for v in versions], mixture
 
     def _sample(self, logits: Tensor, sequences: list[Sequence] | None = None) -> tuple[list[int], list[float]]:
         """The next token of these sequences, or of the last that run."""

@@ -1,7 +1,7 @@
 """LoRA adapters on a frozen base (Hu et al. 2021): y = x W^T + (alpha / r) (x A^T) B^T.
 
-Owns the adapters: making, reading, writing and applying them, one for a whole batch (training, differentiable) or
-several side by side, chosen row by row (serving). Does not own the base weights or decide which adapter is used.
+Owns the adapters: making, reading and writing them, and applying one to a whole batch (training, differentiable). Does not own several
+side by side, chosen row by row (`engine/mixture.py`: serving), the base weights, or which adapter is used.
 
 Files are PEFT's own (`adapter_config.json`, `adapter_model.safetensors`), so what is saved here loads anywhere.
 """
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import gpu, packed
-from engine.gpu import Low, onto
+from engine.mixture import Mixture, Whole
 
-PATIENCE = 32  # steps in a row of one version alone, before its weights are added up
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # What changes the sum above; an adapter that sets one of these differs from what we would compute.
 REFUSED = {
@@ -141,122 +140,6 @@ class Single:
         """The layer's output with the adapter added."""
         fused = self.adapter.fused(linear)
         return linear.bare(x) if fused is None else linear.bare(x) + F.linear(F.linear(x, fused[0]), fused[1])
-
-
-class Whole:
-    """One adapter added into a copy of the packed weights, so that a layer costs what it costs bare.
-
-    It is made a layer a step, so that no step waits for it, and not before its adapter has had the model to itself for
-    `patience` steps; with a patience of 0, all at once.
-    """
-
-    def __init__(self, adapter: Adapter, linears: Sequence[LoraLinear], patience: int) -> None:
-        self.adapter, self.patience, self.at_once = adapter, patience, patience == 0
-        self.left = [linear for linear in linears if linear.packed is not None]
-        self.made: dict[LoraLinear, Tensor] = {}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """The adapter has the model to itself for one step more."""
-        self.patience = max(0, self.patience - 1)
-        while self.left and not self.patience:
-            linear = self.left.pop()
-            if (fused := self.adapter.fused(linear)) is not None:
-                weight = packed.pack(linear.weight.detach() + fused[1].detach() @ fused[0].detach())
-                if weight is not None:
-                    self.made[linear] = weight
-            if not self.at_once:
-                break
-
-
-class Mixture:
-    """Several adapters in one batch, stacked: however many there are, a layer pays two small products.
-
-    A of every adapter is laid end to end, so x A^T computes all of them; a mask then clears, in each row, the
-    columns of adapters that are not that row's; B of every adapter, side by side, brings them back. While all rows have
-    one and the same adapter, layers that are there as a `Whole` are taken from it.
-    """
-
-    def __init__(self, bank: LoraBank, adapters: Sequence[Adapter]) -> None:
-        self.count, self.bank, self.adapters = len(adapters), bank, list(adapters)
-        self.wholes: dict[int, Whole] = {}  # of adapters in training, whose numbers hold as long as this mixture does
-        self.whole: dict[LoraLinear, Tensor] = {}  # for the rows at hand
-        linears = bank.linears
-        self.stacks: dict[LoraLinear, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
-        self.owners: dict[tuple[int, ...], Tensor] = {}  # by ranks: whose each of the R columns is, (R,)
-        for linear in linears:
-            fused = [adapter.fused(linear) for adapter in adapters]
-            if found := [f for f in fused if f is not None]:
-                ranks = tuple(0 if f is None else f[0].shape[0] for f in fused)
-                a, b = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found], dim=1)
-                self.stacks[linear] = (a, b.T.contiguous(), ranks)  # (R, in), (R, out)
-                if ranks not in self.owners:
-                    self.owners[ranks] = onto(a.device, [i for i, r in enumerate(ranks) for _ in range(r)], torch.int32)
-        self.stale = False  # whether adapters may have been trained since
-        self.masks: dict[tuple[int, ...], Tensor | None] = {}
-        self.rows: tuple[int, ...] | None = None
-        self.choice: Tensor | None = None  # the same on the device, (rows,)
-
-    def choose(self, rows: Sequence[int]) -> None:
-        """Say which adapter each row of the batch has: an index into `adapters`, -1 for the bare base."""
-        if self.rows != tuple(rows):
-            self.follow(onto(self.bank.device, rows, torch.int32))
-            self.rows = tuple(rows)
-            if self.count == 1 and all(row == 0 for row in rows):
-                self.masks = dict.fromkeys(self.owners)
-        self.whole = self._whole_of(rows[0]).made if rows[0] >= 0 and rows.count(rows[0]) == len(rows) else {}
-
-    def follow(self, choice: Tensor) -> None:
-        """As `choose`, by numbers on the device, (rows,), that may be others when a recorded step is replayed."""
-        self.rows, self.whole, self.choice = None, {}, choice.int()
-        # (rows, 1, R), True = another's column
-        self.masks = {ranks: (self.choice[:, None] != owner)[:, None] for ranks, owner in self.owners.items()}
-
-    def low(self, linear: LoraLinear) -> Low | None:
-        """What the adapters add to a layer's output, None for nothing; see `choose` and `follow`."""
-        if (stack := self.stacks.get(linear)) is None:
-            return None
-        a, b, ranks = stack
-        assert self.choice is not None
-        return Low(a, b, self.owners[ranks], self.choice)
-
-    def rest(self) -> None:
-        """Nothing runs, so adapters in training may change from here on."""
-        self.stale = any(adapter.trainable for adapter in self.adapters)
-        self.wholes, self.whole = {}, {}
-
-    @torch.no_grad()
-    def renew(self) -> None:
-        """Take over what the adapters' numbers have become, to where the old ones were: a recorded step finds them there."""
-        self.stale = False
-        for linear, (a, b, _) in self.stacks.items():
-            found = [f for f in (adapter.fused(linear) for adapter in self.adapters) if f is not None]
-            a.copy_(torch.cat([f[0] for f in found]))
-            b.copy_(torch.cat([f[1] for f in found], dim=1).T)
-
-    def _whole_of(self, row: int) -> Whole:
-        adapter = self.adapters[row]
-        if not adapter.trainable:
-            whole = self.bank.whole_of(adapter)
-        elif row in self.wholes:
-            whole = self.wholes[row]
-        else:
-            whole = self.wholes[row] = Whole(adapter, self.bank.linears, patience=0)
-        whole.step()
-        return whole
-
-    def through(self, linear: LoraLinear, x: Tensor) -> Tensor:
-        """The layer's output, each row's by its own adapter."""
-        if (weight := self.whole.get(linear)) is not None:
-            return packed.product(x, weight, linear.bias)
-        y, stack = linear.bare(x), self.stacks.get(linear)
-        if stack is None:
-            return y
-        a, b, ranks = stack
-        h = F.linear(x, a)  # (rows, T, R)
-        if (mask := self.masks[ranks]) is not None:
-            h = h.masked_fill(mask, 0)  # a product would carry one version's overflow into another's rows
-        return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), b).view(y.shape)
 
 
 class LoraBank:
@@ -399,7 +282,7 @@ class LoraBank:
     def whole_of(self, adapter: Adapter) -> Whole:
         """The adapter added into the weights, as far as that has come; another's is given up for it."""
         if self.whole is None or self.whole.adapter is not adapter:
-            self.whole = Whole(adapter, self.linears, PATIENCE)
+            self.whole = Whole(adapter, self.linears)
         return self.whole
 
     def _get(self, name: str) -> Adapter:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from engine import decoder, packed, source
 from engine.cache import KVCache, Pack, Prompt, Rows, Slots, additive
-from engine.lora import LoraBank, Mixture
+from engine.lora import LoraBank
+from engine.mixture import Mixture
 from engine.source import ModelError
 
 __all__ = ["CausalModel", "ModelError"]

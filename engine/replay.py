@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import gpu
 from engine.cache import KVCache, Slots
-from engine.lora import Mixture
+from engine.mixture import Mixture
 from engine.model import CausalModel
 from engine.sampling import draw
 

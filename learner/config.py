@@ -72,7 +72,7 @@ class PPOConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.9
-    kl_coef: float = 0.6  # beta at the start, in units of the price at which a tilt lies kl_target away (`ppo.kl_price`)
+    kl_coef: float = 0.6  # beta at the start, in units of the price at which a tilt lies kl_target away (`kl_control.kl_price`)
     kl_target: float = 4.5  # nats a reply, adaptive controller (Ziegler et al. 2019)
     kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import norm as normal
 from scipy.stats import t as student
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +33,7 @@ from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetitio
 PROBES = Path(__file__).parent / "starter" / "probe.jsonl"
 OTHERS = 3  # wrong answers that a probe's right one is set against
 PROBES_AT_ONCE = 32  # with all their answers, a row each
+LOOKS = (2.373, 1.678)  # deviations from even odds that decide after half of the prompts, and after all: one error in 20 over both looks
 Progress = Callable[[float, str], None]
 
 
@@ -81,6 +83,16 @@ class Replies:
     group: int
     scores: Tensor | None = None  # (B, members) of the held-out reward members, raw
 
+    @classmethod
+    def of(cls, batch: Trajectories, scores: Tensor | None) -> Replies:
+        """What was sampled, and what the held-out members gave for it."""
+        return cls(batch.texts, batch.finish_reasons, batch.lengths.tolist(), batch.group, scores)
+
+    def __add__(self, more: Replies) -> Replies:
+        """Both, the answers to `more`'s prompts behind these; scores where both have them."""
+        scores = None if self.scores is None or more.scores is None else torch.cat([self.scores, more.scores])
+        return Replies(self.texts + more.texts, self.finish_reasons + more.finish_reasons, self.lengths + more.lengths, self.group, scores)
+
     @property
     def broken(self) -> float:
         """Share with a fault of `learner/text_checks.py`."""
@@ -129,30 +141,33 @@ def run_gate(
     if not fitting:
         raise GateError("no held-out prompt leaves room for a reply: lower gate.max_new_tokens or use shorter prompts")
 
-    # 1. Both versions, and the reference, answer the same prompts.
+    # 1. Both versions, and the reference, answer half of the prompts; and the other half, where that leaves open who wins.
     room = max(map(len, fitting)) + config.max_new_tokens
     engine = Engine(model, tokenizer, max_sequences=min(48, len(fitting) * config.replies_per_prompt), max_context=room)
-    asked: dict[str | None, Trajectories] = {}
-    for i, version in enumerate(dict.fromkeys((candidate, live, reference))):
-        show(0.15 * i, "answering held-out prompts")
-        try:
-            asked[version] = rollout.sample(
-                engine, fitting, version=version or BASE, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=seed * 1_000_003 + 7,
-            )  # fmt: skip
-        except FloatingPointError:
-            return Verdict((finite_check(1),), {}).to_dict()
+    said: dict[str | None, Replies] = {}
+    distance = torch.zeros(0)
+    parts = [part for part in (fitting[::2], fitting[1::2]) if part] if judges else [fitting]
+    for look, part in enumerate(parts):
+        for version in dict.fromkeys((candidate, live, reference)):
+            show(look / len(parts), f"answering held-out prompts, {len(part)} of {len(fitting)}")
+            try:
+                batch = rollout.sample(
+                    engine, part, version=version or BASE, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
+                    temperature=config.temperature, seed=seed * 1_000_003 + 7 + look * len(fitting) * config.replies_per_prompt,
+                )  # fmt: skip
+            except FloatingPointError:
+                return Verdict((finite_check(1),), {}).to_dict()
+            scores = judges.score(batch.prompts, batch.completions) if judges and version in (candidate, live) else None
+            more = Replies.of(batch, scores)
+            said[version] = said[version] + more if look else more
+            if version == candidate:
+                distance = torch.cat([distance, reply_kl(model, batch, candidate, reference, config.temperature)])
+        deviations = LOOKS[-1] if part is parts[-1] else LOOKS[0]
+        won = win_rate(said[candidate], said[live], deviations)
+        if won and (won[1] > config.min_win_rate or won[2] <= config.min_win_rate):
+            break
 
-    # 2. The held-out members' scores, the distance from the reference, the known answers.
-    replies = {}
-    for i, (version, batch) in enumerate(asked.items()):
-        show(0.45 + 0.1 * i, "scoring by held-out reward members")
-        scores = judges.score(batch.prompts, batch.completions) if judges and version in (candidate, live) else None
-        replies[version] = Replies(
-            batch.texts, batch.finish_reasons, batch.lengths.tolist(), batch.group, scores
-        )  # fmt: skip
-    show(0.75, "measuring the distance from the reference")
-    kl = reply_kl(model, asked[candidate], candidate, reference, config.temperature)
+    # 2. The known answers.
     show(0.85, "asking for known facts")
     known = load_probes() if probes is None else list(probes)
     held = theirs = None
@@ -161,20 +176,28 @@ def run_gate(
         theirs = facts or probe_answers(model, tokenizer, known, reference)
 
     # 3. The verdict.
-    return judge(replies[candidate], replies[live], replies[reference], kl, config, held, theirs).to_dict()
+    return judge(said[candidate], said[live], said[reference], distance, config, held, theirs, deviations).to_dict()
+
+
+def win_rate(candidate: Replies, live: Replies, deviations: float) -> tuple[float, float, float] | None:
+    """Share of picks that the held-out members expect to go to the candidate, and its interval of so many deviations either way; None where
+    nobody scored the replies.
+
+    `LOOKS` are O'Brien & Fleming's (1979) for two looks and 5% one-sided: early on only what is plain counts, and hardly anything is lost at the end.
+    """
+    if candidate.scores is None or live.scores is None:
+        return None
+    return mean_interval(preferred(candidate.scores, live.scores, candidate.group), 2 * float(normal.cdf(deviations)) - 1)
 
 
 def judge(
     candidate: Replies, live: Replies, reference: Replies, kl: Tensor, config: GateConfig,
-    candidate_probe: Probe | None = None, reference_probe: Probe | None = None,
+    candidate_probe: Probe | None = None, reference_probe: Probe | None = None, deviations: float = LOOKS[-1],
 ) -> Verdict:  # fmt: skip
-    """The checks, from what was measured. kl: (B,) nats of each of the candidate's replies against the reference.
-
-    Where nobody scored the replies there is no win rate to check.
+    """The checks, from what was measured. kl: (B,) nats of each of the candidate's replies against the reference. deviations: of the win
+    rate's interval. Where nobody scored the replies there is no win rate to check.
     """
-    won = None
-    if candidate.scores is not None and live.scores is not None:
-        won = mean_interval(preferred(candidate.scores, live.scores, candidate.group))
+    won = win_rate(candidate, live, deviations)
     mean_kl = float(kl.mean())
     ratio = candidate.length / live.length
     distinct = distinct_n(candidate.texts, 2) / max(distinct_n(reference.texts, 2), 1e-9)
@@ -190,7 +213,8 @@ def judge(
         finite_check(sum(not math.isfinite(x) for x in numbers)),
         *([] if won is None else [Check(
             "win_rate", finite(won[1]), config.min_win_rate, won[1] > config.min_win_rate,
-            f"held-out reward members expect {won[0]:.0%} of picks to go to it rather than to the live version; the check is on the lower 95% bound",
+            f"held-out reward members expect {won[0]:.0%} of picks to go to it rather than to the live version; the check is on the lower "
+            f"{float(normal.cdf(deviations)):.1%} bound",
         )]),
         Check("kl", finite(mean_kl), config.max_kl, mean_kl <= config.max_kl, "nats a reply away from the reference"),
         Check(

@@ -6,9 +6,9 @@ good one of the reference's (`Scorer`), by its lower confidence bound, less what
 token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen.
 
 One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
-are adapters on it. Rollouts come from the engine that serves people. Owns the update and when to stop it; does not own
-the formulas (`learner/losses.py`, `learner/advantages.py`), sampling (`learner/rollout.py`), whether the result is good
-enough (`learner/gate.py`) or files.
+are adapters on it. Rollouts come from the engine that serves people. Owns the update; does not own the formulas
+(`learner/losses.py`, `learner/advantages.py`), the price of a nat (`learner/kl_control.py`), sampling (`learner/rollout.py`), when
+held-out members have seen enough (`learner/stopping.py`), whether the result is good enough (`learner/gate.py`) or files.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from learner import rollout
 from learner.advantages import gae, leave_one_out, token_rewards, whiten
 from learner.config import PPOConfig
 from learner.faults import fault_advantages, fault_rewards, fault_tokens
+from learner.kl_control import KLController, kl_price
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.scorer import Scorer
+from learner.stopping import Judged, Kept
 from learner.text_checks import broken_rate, distinct_n, faults
 from learner.value import VALUE, FittedValue, TrainedValue
-
-RAMP = 0.25  # share of a run over which the KL target moves from where the run began to its place
 
 
 class PPOError(Exception):
@@ -56,43 +56,6 @@ class PPOResult:
     seconds: float
     sample: str = field(repr=False, default="")  # one reply of the kept policy
     note: str | None = None  # where it began, if that is not `start`
-
-
-class KLController:
-    """Moves beta so that the KL a reply stays near a target (Ziegler et al. 2019, section 2.2).
-
-    Here the target moves from where the run begins to its place over the first quarter of it, and beta stays above a third of where it
-    began. Most runs begin at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
-    """
-
-    def __init__(self, beta: float, target: float, horizon: float) -> None:
-        self.beta, self.least, self.target, self.horizon = beta, beta / 3, target, horizon
-        self.begun: float | None = None  # nats at the first update
-
-    def update(self, kl: float, replies: int, done: float = 1.0) -> None:
-        """kl: nats a reply, mean over `replies` of them, when the share `done` of the run is. The error is clipped to 20%."""
-        self.begun = kl if self.begun is None else self.begun
-        target = max(self.begun + min(1.0, done / RAMP) * (self.target - self.begun), 0.1 * self.target)
-        error = min(max(kl / target - 1, -0.2), 0.2)
-        self.beta = max(self.least, self.beta * (1 + error * replies / self.horizon))
-
-
-def kl_price(target: float) -> float:
-    """beta at which the best policy for a normal score of deviation 1 is `target` nats from the reference: 1 / sqrt(2 target).
-
-    That policy is pi_ref exp(score / beta) / Z (Ziegler et al. 2019, section 2; Korbak et al. 2022): it moves the score's mean by
-    1 / beta and leaves its deviation, so KL = 1 / (2 beta^2).
-    """
-    return 1 / math.sqrt(2 * target)
-
-
-def kl_warranted(config: PPOConfig, votes: int) -> float:
-    """Nats a reply to aim at with a reward model of so many votes.
-
-    The distance at which gold reward turns grows with the votes the proxy saw (Gao et al. 2023, section 3.3): what sixteen votes
-    say is not worth the way that a hundred are, and a first version that went too far is in the way of all that follow.
-    """
-    return config.kl_target * min(1.0, math.sqrt(votes / config.kl_votes))
 
 
 class Mixed:
@@ -429,44 +392,3 @@ def prompt_batches(prompts: list[list[int]], count: int, seed: int) -> Iterator[
                 left = rng.sample(prompts, len(prompts))
             chosen.append(left.pop())
         yield chosen
-
-
-class Kept:
-    """A copy of the policy that can be gone back to, with what was measured on it."""
-
-    def __init__(self, model: CausalModel, policy: str, update: int = 0, kl: float = 0.0, sample: str = "") -> None:
-        self.update, self.kl, self.sample = update, kl, sample
-        self.parameters = model.lora.parameters(policy)
-        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the copy back."""
-        for name, p in self.parameters.items():
-            p.copy_(self.values[name])
-
-
-class Judged:
-    """Notices when the held-out members stop liking what the optimised ones go on liking (Gao et al. 2023's overoptimisation).
-
-    Where the KL price calls the policy back both like it less, and have not parted.
-    """
-
-    def __init__(self, patience: int, part: float) -> None:
-        self.patience, self.part = patience, part
-        self.looks: list[tuple[float, float]] = []  # by the held-out members, by the optimised ones
-        self.best: Kept | None = None
-
-    @property
-    def newest_is_best(self) -> bool:
-        return self.looks[-1][0] == max(judges for judges, _ in self.looks)
-
-    def parted(self, judges: float, score: float) -> bool:
-        """Whether in each of the last `patience` looks the judges are more than `part` (deviations) under their best look
-        before, and the score is not under it with them."""
-        self.looks.append((judges, score))
-        recent, before = self.looks[-self.patience :], self.looks[: -self.patience]
-        if not before:
-            return False
-        best_judges, best_score = max(before)
-        return all(best_judges - j - max(0.0, best_score - s) > self.part for j, s in recent)

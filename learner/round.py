@@ -40,8 +40,9 @@ from learner.data import (
 )
 from learner.gate import GateError, Probe, run_gate
 from learner.heads import learning_curve
+from learner.kl_control import kl_warranted
 from learner.metrics import agreement, length_baseline, reward_report
-from learner.ppo import PPOError, kl_warranted, train_ppo
+from learner.ppo import PPOError, train_ppo
 from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
 from learner.reward import Known, RewardDiverged, RewardModel, cross_validate, fit_members

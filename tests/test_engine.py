@@ -156,11 +156,12 @@ def test_only_running_versions_are_stacked(make: Callable[..., Engine]) -> None:
     engine = make(adapters=3)
     engine.add(prompts(8)[0], [greedy(3)], ["v2"])
     engine.step()
-    assert engine._stack is not None and engine._stack.count == 1
+    mixture = engine._mixture(["v2"])[1]
+    assert mixture is not None and mixture.count == 1
     run(engine)
     engine.add(prompts(8)[0], [greedy(3)], ["base"])
     engine.step()
-    assert engine._stack is None
+    assert engine._mixture(["base"])[1] is None
 
 
 def test_an_adapter_trained_between_two_batches_is_used_as_it_is_now(make: Callable[..., Engine], tiny_llama: Path) -> None:

@@ -18,6 +18,7 @@ from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import GateConfig, RewardConfig
 from learner.gate import (
+    LOOKS,
     GateError,
     Probe,
     Replies,
@@ -153,6 +154,15 @@ def test_of_two_versions_that_differ_in_few_replies_the_better_one_is_seen() -> 
     assert low > 0.53 and low > counted
 
 
+def test_two_looks_are_wrong_one_time_in_twenty_together() -> None:
+    from scipy import stats
+
+    early, late = LOOKS
+    both = stats.multivariate_normal([0, 0], [[1, math.sqrt(0.5)], [math.sqrt(0.5), 1]])  # half of the prompts are in both looks
+    assert 1 - both.cdf([early, late]) == pytest.approx(0.05, abs=2e-4)
+    assert early / late == pytest.approx(math.sqrt(2), abs=1e-3)
+
+
 def test_the_interval_is_scipys_t_interval() -> None:
     from scipy import stats
 
@@ -213,6 +223,31 @@ def test_the_gate_runs_on_a_real_model_and_the_live_version_itself_does_not_pass
     assert gate["verdict"] == "rejected" and gate["failed"] == ["win_rate"]
     assert gate["win_rate"] == 0.5 and gate["kl"] == 0.0 and gate["broken"] == gate["live_broken"]
     assert said == sorted(said) and said[-1] < 1
+
+
+class Partial(RewardModel):
+    """Members that like the candidate, who is scored first, by `strength` more than the live version."""
+
+    strength, calls = 0.0, 0
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
+        self.calls += 1
+        noise = torch.randn(len(completion_ids), 2, generator=torch.Generator().manual_seed(self.calls))
+        return 0.1 * noise + self.strength * (self.calls % 2)
+
+
+@pytest.mark.parametrize(("strength", "asked", "failed"), [(1.0, 4, []), (0.0, 7, ["win_rate"]), (-1.0, 4, ["win_rate"])])
+def test_half_of_the_prompts_do_where_they_leave_nothing_open(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], strength: float, asked: int, failed: list[str]
+) -> None:
+    judges = Partial.create(model, RewardConfig(lora_r=4), 2, "judge")
+    judges.strength = strength
+    model.lora.create("same", r=4, seed=0)
+    seven = prompts + [[*p, *p] for p in prompts[:3]]
+    gate = run_gate(
+        model, tokenizer, judges, prompts=seven, candidate="same", live=None, reference=None, config=GateConfig(max_new_tokens=10), probes=[]
+    )
+    assert gate["prompts"] == asked and gate["replies"] == 4 * asked and gate["failed"] == failed
 
 
 def test_a_candidate_far_from_the_reference_is_found_out_on_a_real_model(

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.lora import PATIENCE, AdapterError
+from engine.lora import AdapterError
+from engine.mixture import PATIENCE
 from engine.model import CausalModel
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.

@@ -20,22 +20,12 @@ from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import ConfigError, PPOConfig, RewardConfig
 from learner.faults import fault_advantages, fault_rewards, fault_tokens
-from learner.ppo import (
-    Judged,
-    Kept,
-    KLController,
-    Mixed,
-    PPOError,
-    PPOResult,
-    kl_price,
-    kl_warranted,
-    learn,
-    prompt_batches,
-    train_ppo,
-)
+from learner.kl_control import KLController, kl_price, kl_warranted
+from learner.ppo import Mixed, PPOError, PPOResult, learn, prompt_batches, train_ppo
 from learner.reward import RewardDiverged, RewardModel
 from learner.rollout import Trajectories, collect, reply_logprobs
 from learner.scorer import Scorer
+from learner.stopping import Judged, Kept
 from learner.value import TrainedValue
 
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]

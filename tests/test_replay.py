@@ -67,12 +67,12 @@ def test_an_adapter_in_training_is_taken_over_in_place(make: Callable[..., Engin
     engine, params = make(True), [SamplingParams(seed=3, max_tokens=15)]
     engine.model.lora.copy("v1", "policy", trainable=True)
     before = engine.generate(prompts(9), params, "policy")[0]
-    stack = engine._stack
+    mixture = engine._mixtures["policy",]
     with torch.no_grad():
         for p in engine.model.lora.parameters("policy").values():
             p.mul_(-2)
     after = engine.generate(prompts(9), params, "policy")[0]
-    assert engine._stack is stack, "what was recorded with it stays good"
+    assert engine._mixtures["policy",] is mixture, "what was recorded with it stays good"
     engine.model.lora.copy("policy", "fresh")
     assert after.token_ids == engine.generate(prompts(9), params, "fresh")[0].token_ids != before.token_ids
 

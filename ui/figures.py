@@ -69,7 +69,7 @@ def kl_of(row: JSON) -> Any:
 
 
 def win_rate_of(row: JSON) -> Any:
-    """Win rate against the version that was live, as the gate's held-out judges see it."""
+    """Win rate against the version that was live, as the gate's held-out judges expect it."""
     return find(row, "gate.win_rate")
 
 
@@ -226,7 +226,7 @@ def charts(rows: list[JSON]) -> str:
         return ""
     per_round = [
         ("Reward model: held-out accuracy", lambda r: accuracy_of(r)[0], lambda r: pair(accuracy_of(r)[1]), True, 0.5, "chance"),
-        ("Win rate against the version before", win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), True, 0.5, "even"),
+        ("Expected win rate against the version before", win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), True, 0.5, "even"),
         ("KL from the reference (nats)", kl_of, lambda r: None, False, None, ""),
     ]
     drawn = []
