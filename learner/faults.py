@@ -1,6 +1,6 @@
-"""What is broken in a reply, as PPO charges for it: which tokens it came about in, and what they answer for.
+"""What is broken in a reply, as PPO charges for it: which tokens it came about in, what they answer for, and how much.
 
-Owns where a fault's cost lands. Does not own what counts as a fault (`learner/text_checks.py`) or how rewards become advantages
+Owns what a fault costs and where that lands. Does not own what counts as a fault (`learner/text_checks.py`) or how rewards become advantages
 (`learner/advantages.py`).
 """
 
@@ -16,12 +16,41 @@ from learner import rollout
 from learner.rollout import Trajectories
 from learner.text_checks import faults
 
+STEP, MOST = 0.2, 8.0  # of a price: its largest change an update, and how dear it may get, in prices at the start
+FEW = 0.02  # share of replies: a reference that breaks less is as good as one that breaks so many
+
+
+class FaultPrice:
+    """What a fault costs: as little as keeps the policy's replies as whole as the reference's.
+
+    Dual ascent on a Lagrange multiplier (Tessler et al. 2019, "Reward Constrained Policy Optimization"), in steps of at most `STEP` of it and
+    never below where it began. Faults are few, so at a fixed price that is dear enough for every liking they drown what replies are liked for.
+    """
+
+    def __init__(self, price: float, allowed: float) -> None:
+        """allowed: share of the reference's replies with a fault."""
+        self.price, self.least, self.allowed = price, price, allowed
+
+    def update(self, rate: float) -> None:
+        """rate: share of the policy's replies with a fault."""
+        error = (rate - self.allowed) / max(self.allowed, FEW)
+        self.price = min(max(self.price * (1 + STEP * min(max(error, -1.0), 1.0)), self.least), MOST * self.least)
+
+
+def broken_share(spans: Sequence[tuple[int, int, int]], replies: int) -> float:
+    """Share of `replies` replies that have one of `fault_tokens`."""
+    return len({row for row, _, _ in spans}) / replies
+
 
 def fault_tokens(batch: Trajectories, tokenizer: ChatTokenizer) -> list[tuple[int, int, int]]:
-    """(row, first, last) of every fault of `learner/text_checks.py`: the reply tokens in which it came about."""
+    """(row, first, last) of every fault of `learner/text_checks.py`: the reply tokens in which it came about.
+
+    Not what only its end makes a fault of a reply that `max_new_tokens` cut: that has a price of its own (`missing_eos_penalty`), and with room
+    to go on it may have ended well.
+    """
     found = []
-    for i, (text, reason) in enumerate(zip(batch.texts, batch.finish_reasons, strict=True)):
-        if wrong := faults(text, reason):
+    for i, (text, cut) in enumerate(zip(batch.texts, batch.cut.tolist(), strict=True)):
+        if wrong := [fault for fault in faults(text) if not cut or fault.end <= len(text)]:
             starts = rollout.at_characters(tokenizer, batch.completions[i], [fault.start + 1 for fault in wrong])
             ends = rollout.at_characters(tokenizer, batch.completions[i], [fault.end for fault in wrong])
             found += [(i, first, last) for first, last in zip(starts, ends, strict=True)]

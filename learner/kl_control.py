@@ -14,6 +14,7 @@ class KLController:
 
     Here the target moves from where the run begins to its place over the first quarter of it, and beta stays above a third of where it
     began. Most runs begin at 0 nats, under any fixed target: by the time the policy came near, the price would have been given away.
+    What moves slowly comes too late for a policy that moves fast, so over the target `price` also grows at once.
     """
 
     def __init__(self, beta: float, target: float, horizon: float) -> None:
@@ -26,6 +27,10 @@ class KLController:
         target = max(self.begun + min(1.0, done / RAMP) * (self.target - self.begun), 0.1 * self.target)
         error = min(max(kl / target - 1, -0.2), 0.2)
         self.beta = max(self.least, self.beta * (1 + error * replies / self.horizon))
+
+    def price(self, kl: float) -> float:
+        """What a nat costs replies that are `kl` nats away: beta, and over the target with the square of how far."""
+        return self.beta * max(1.0, kl / self.target) ** 2
 
 
 def kl_price(target: float) -> float:

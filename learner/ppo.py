@@ -29,7 +29,7 @@ from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.advantages import gae, leave_one_out, token_rewards, whiten
 from learner.config import PPOConfig
-from learner.faults import fault_advantages, fault_rewards, fault_tokens
+from learner.faults import FaultPrice, broken_share, fault_advantages, fault_rewards, fault_tokens
 from learner.kl_control import KLController, kl_price
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
 from learner.reward import RewardModel
@@ -38,6 +38,8 @@ from learner.scorer import Scorer
 from learner.stopping import Judged, Kept
 from learner.text_checks import broken_rate, distinct_n, faults
 from learner.value import VALUE, FittedValue, TrainedValue
+
+UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
 
 
 class PPOError(Exception):
@@ -134,7 +136,7 @@ def train_ppo(
         try:
             return rollout.sample(
                 engine, asked, version=version, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=seed * 1_000_003 + number * size,
+                temperature=config.temperature, seed=seed * 1_000_003 + number * max(size, UNIT * config.replies_per_prompt),
             )  # fmt: skip
         except FloatingPointError as error:
             raise PPOError(str(error)) from error
@@ -152,14 +154,15 @@ def train_ppo(
             raise PPOError("the KL divergence from the reference is not a finite number")
         return parts
 
-    asked = next(draw)
-    unit, note = sample(reference or BASE, asked, 0), None
+    unit = sample(reference or BASE, random.Random(f"unit/{seed}").sample(fitting, min(UNIT, len(fitting))), 0)
+    fault_price = FaultPrice(config.broken_penalty, broken_share(fault_tokens(unit, tokenizer), len(unit)))
     scorer = Scorer(reward, unit)
     judge = None if judges is None else Scorer(judges, unit)
     fitted = FittedValue(model, reward) if config.estimator == "gae-ls" else None
+    note = None
     begin(model, policy, start, config, seed)
     if start not in (None, reference):
-        far = float(against_reference(sample(policy, asked, 0))[3].sum(1).mean())
+        far = float(against_reference(sample(policy, next(draw), 1))[3].sum(1).mean())
         if far > ceiling:
             note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
             model.lora.delete(policy)
@@ -196,20 +199,21 @@ def train_ppo(
             final = done >= 1
 
             # 2. Rollouts: the policy's own replies, by the engine.
-            batch = sample(policy, next(draw), update + 1)
+            batch = sample(policy, next(draw), update + 2)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
             old, ref, entropy, divergence, *seen_by = against_reference(batch)  # (B, R) nats
             kl, kl_reply = kl_k1(old, ref), float(divergence.sum(1).mean())
+            beta = controller.price(kl_reply)
 
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members = scorer(batch)  # (B, members)
             spans = fault_tokens(batch, tokenizer)
-            broken = fault_rewards(spans, batch.mask, config.broken_penalty)  # (B, R)
+            broken = fault_rewards(spans, batch.mask, fault_price.price)  # (B, R)
             scores = lower_bound(members, config).to(old.device) - config.missing_eos_penalty * batch.cut
             row: dict[str, Any] = {
                 "update": update, "done": done, "score": float(members.mean()), "disagreement": float(deviation(members).mean()), "reward": float((scores + broken.sum(1)).mean()),
-                "kl": kl_reply, "kl_coef": controller.beta, "entropy": float(masked_mean(entropy, batch.mask)),
+                "kl": kl_reply, "kl_coef": controller.beta, "kl_price": beta, "fault_price": fault_price.price, "entropy": float(masked_mean(entropy, batch.mask)),
                 "length": float(batch.lengths.float().mean()), "cut": float(batch.cut.float().mean()),
                 "broken": broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)), "distinct2": distinct_n(batch.texts, 2),
                 "engine_gap": float((batch.engine_logprobs - old).abs().max()),
@@ -248,7 +252,7 @@ def train_ppo(
             # 6. Rewards a token, then advantages.
             returns = old_values = None
             if value is not None:
-                rewards = token_rewards(scores, kl, batch.mask, controller.beta) + broken
+                rewards = token_rewards(scores, kl, batch.mask, beta) + broken
                 if config.whiten_rewards:
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
                 with torch.no_grad():
@@ -265,8 +269,8 @@ def train_ppo(
                     fitted.fit(seen, total, batch.mask)
                 else:
                     each = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()
-                    better = each[:, None] + fault_advantages(spans, batch.mask, config.broken_penalty, config.fault_decay)
-                advantages = torch.where(batch.mask, better - controller.beta * kl, 0.0)
+                    better = each[:, None] + fault_advantages(spans, batch.mask, fault_price.price, config.fault_decay)
+                advantages = torch.where(batch.mask, better - beta * kl, 0.0)
             if config.whiten_advantages:
                 advantages = whiten(advantages, batch.mask)
 
@@ -278,8 +282,9 @@ def train_ppo(
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
 
-            # 8. The KL controller, and the log.
+            # 8. What a nat and a fault cost from here on, and the log.
             controller.update(kl_reply, len(batch), done)
+            fault_price.update(broken_share(spans, len(batch)))
             practised += int(batch.lengths.sum())
             row |= {"seconds": time.monotonic() - lap, "tokens_per_second": float(batch.lengths.sum()) / (time.monotonic() - lap)}
             history.append(row)

@@ -163,7 +163,7 @@ def scores_by_hand(config: PPOConfig, unit: Trajectories, batch: Trajectories) -
     """
     raw, base = (np.array([planted(c) for c in b.completions]) for b in (batch, unit))
     raw, base = (-np.log1p(np.exp(base.mean(0) + base.std(0, ddof=1) - x)) for x in (raw, base))
-    groups = base.reshape(-1, config.replies_per_prompt, 2)
+    groups = base.reshape(-1, unit.group, 2)
     within = ((groups - groups.mean(1, keepdims=True)) ** 2).sum((0, 1)) / (len(base) - len(groups))
     members = (raw - base.mean(0)) / np.sqrt(within)
     fair = members.mean(1) - config.uncertainty * members.std(1, ddof=1)
@@ -171,16 +171,19 @@ def scores_by_hand(config: PPOConfig, unit: Trajectories, batch: Trajectories) -
     return list(fair - config.missing_eos_penalty * np.array(cut))
 
 
-def faults_by_hand(config: PPOConfig, tokenizer: ChatTokenizer, batch: Trajectories) -> tuple[list[list[float]], list[list[float]]]:
-    """What faults cost, as rewards (at a fault's last token) and as advantages (on its tokens, and fading before them)."""
+def faults_by_hand(price: float, decay: float, tokenizer: ChatTokenizer, batch: Trajectories) -> tuple[list[list[float]], list[list[float]]]:
+    """What faults cost, as rewards (at a fault's last token) and as advantages (on its tokens, and fading before them).
+
+    A cut reply's end is none.
+    """
     rewards, advantages = [], []
     for completion, text, reason in zip(batch.completions, batch.texts, batch.finish_reasons, strict=True):
         last = len(completion) - 1
         said = [len(tokenizer.decode(list(completion[: k + 1]))) for k in range(len(completion))]
-        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text, reason)]
-        rewards.append([-config.broken_penalty if any(t == b for _, b in spans) else 0.0 for t in range(last + 1)])
-        share = [max([1.0 if a <= t <= b else config.fault_decay ** (a - t) if t < a else 0.0 for a, b in spans] + [0.0]) for t in range(last + 1)]
-        advantages.append([-config.broken_penalty * x for x in share])
+        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text) if reason == "stop" or f.end <= len(text)]
+        rewards.append([-price if any(t == b for _, b in spans) else 0.0 for t in range(last + 1)])
+        share = [max([1.0 if a <= t <= b else decay ** (a - t) if t < a else 0.0 for a, b in spans] + [0.0]) for t in range(last + 1)]
+        advantages.append([-price * x for x in share])
     return rewards, advantages
 
 
@@ -214,7 +217,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     far(model, "start", seed=1)
     far(model, "reference", seed=2, size=0.03)
     model.lora.save("reference", tmp_path / "reference")
-    config = replace(CONFIG, estimator=estimator, whiten_rewards=whitened, whiten_advantages=whitened)
+    config = replace(CONFIG, estimator=estimator, whiten_rewards=whitened, whiten_advantages=whitened, kl_target=0.1)
     watched, guesses, guess = Watched(monkeypatch, tmp_path), list[Tensor](), FittedValue.__call__
     told, taught, fit = list[Tensor](), list[list[list[float]]](), FittedValue.fit
     monkeypatch.setattr(FittedValue, "fit", lambda self, seen, returns, mask: (told.append(torch.where(mask, returns, 0.0)), fit(self, seen, returns, mask))[1])
@@ -223,8 +226,10 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=3)
     unit = watched.batches[0]
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
-    least, begun = beta / 3, 0.0
-    assert len(watched.given) == 2
+    least, begun, cost = beta / 3, 0.0, config.broken_penalty
+    broken = lambda batch: sum(any(row) for row in faults_by_hand(1.0, 1.0, tokenizer, batch)[0]) / len(batch)  # noqa: E731
+    allowed = broken(unit)
+    assert len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]
         assert batch is watched.batches[2 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
@@ -236,24 +241,26 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         mean_kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(every, every_ref, strict=True)) / len(batch)
         assert result.history[update]["kl"] == pytest.approx(mean_kl, abs=2e-3) and abs(mean_kl) > 0.05
         assert result.history[update]["kl_coef"] == pytest.approx(beta, rel=1e-4)
+        price = beta * max(1.0, mean_kl / config.kl_target) ** 2
+        assert result.history[update]["kl_price"] == pytest.approx(price, rel=2e-2) and result.history[update]["fault_price"] == pytest.approx(cost)
         scores = scores_by_hand(config, unit, batch)
-        costs, local = faults_by_hand(config, tokenizer, batch)
+        costs, local = faults_by_hand(cost, config.fault_decay, tokenizer, batch)
         assert any(any(row) for row in costs), "else faults are not tested"
         assert result.history[update]["reward"] == pytest.approx(float(np.mean([a + sum(b) for a, b in zip(scores, costs, strict=True)])), abs=1e-4)
         if estimator == "rloo":
             n = config.replies_per_prompt
             better = [scores[i] - (sum(scores[i - i % n : i - i % n + n]) - scores[i]) / (n - 1) for i in range(len(scores))]
-            advantages = [[a + f - beta * k for k, f in zip(*rows, strict=True)] for a, *rows in zip(better, kl, local, strict=True)]
+            advantages = [[a + f - price * k for k, f in zip(*rows, strict=True)] for a, *rows in zip(better, kl, local, strict=True)]
             assert given["returns"] is given["old_values"] is None
         elif estimator == "gae-ls":
             values = [row[: len(c)].tolist() for row, c in zip(guesses[update], batch.completions, strict=True)]
             rewards = [[*row[:-1], row[-1] + a] for a, row in zip(scores, costs, strict=True)]
             gains = [gae_by_hand(r, v, config.gamma, config.lam) for r, v in zip(rewards, values, strict=True)]
-            advantages = [[a - beta * k for a, k in zip(*rows, strict=True)] for rows in zip(gains, kl, strict=True)]
+            advantages = [[a - price * k for a, k in zip(*rows, strict=True)] for rows in zip(gains, kl, strict=True)]
             taught.append([[sum(config.gamma**k * r for k, r in enumerate(row[t:])) for t in range(len(row))] for row in rewards])
             assert given["returns"] is given["old_values"] is None and max(abs(v) for row in values for v in row) > 0.1
         else:
-            rewards = [[c - beta * k for k, c in zip(*rows, strict=True)] for rows in zip(kl, costs, strict=True)]
+            rewards = [[c - price * k for k, c in zip(*rows, strict=True)] for rows in zip(kl, costs, strict=True)]
             for row, score in zip(rewards, scores, strict=True):
                 row[-1] += score  # the last token of the reply itself, whatever the longest reply's length is
             rewards = white(rewards, keep_mean=True) if whitened else rewards
@@ -267,6 +274,8 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         target = max(begun + min(1, 4 * done) * (config.kl_target - begun), 0.1 * config.kl_target)  # moves over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
+        excess = (broken(batch) - allowed) / max(allowed, 0.02)  # dual ascent
+        cost = min(max(cost * (1 + 0.2 * min(max(excess, -1.0), 1.0)), config.broken_penalty), 8 * config.broken_penalty)
     for returns, rows in zip(told[1:], taught, strict=True):  # the first is of the reference's replies
         close(returns, rows)
 

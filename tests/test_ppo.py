@@ -19,7 +19,7 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import ConfigError, PPOConfig, RewardConfig
-from learner.faults import fault_advantages, fault_rewards, fault_tokens
+from learner.faults import FaultPrice, broken_share, fault_advantages, fault_rewards, fault_tokens
 from learner.kl_control import KLController, kl_price, kl_warranted
 from learner.ppo import Mixed, PPOError, PPOResult, learn, prompt_batches, train_ppo
 from learner.reward import RewardDiverged, RewardModel
@@ -209,6 +209,27 @@ def test_a_fault_costs_at_the_tokens_in_which_it_came_about(model: CausalModel, 
     assert rewards.sum(1).tolist() == [-2.5, 0.0, -2.5, -2.5] and rewards[0, spans[0][2]] == -2.5
 
 
+def test_a_reply_that_was_cut_is_not_broken_by_its_end_alone(model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    texts = ["Bees fly. They are", "Bees can can fly. They are", "Bees fly (and"]
+    assert [row for row, *_ in fault_tokens(spoken(model, tokenizer, texts, ["length"] * 3), tokenizer)] == [1]
+    assert broken_share(fault_tokens(spoken(model, tokenizer, texts, ["stop"] * 3), tokenizer), 3) == 1.0
+
+
+def test_the_price_of_a_fault_by_hand() -> None:
+    price = FaultPrice(3.0, allowed=0.04)
+    seen = []
+    for rate in (0.06, 0.5, 0.02, 0.0, 0.0):
+        price.update(rate)
+        seen.append(price.price)
+    assert seen == pytest.approx([3.3, 3.3 * 1.2, 3.3 * 1.2 * 0.9, 3.0, 3.0])  # never below its start
+    for _ in range(100):
+        price.update(1.0)
+    assert price.price == 24.0
+    whole = FaultPrice(3.0, allowed=0.0)
+    whole.update(0.02)
+    assert whole.price == pytest.approx(3.6)
+
+
 def test_the_tokens_before_a_fault_answer_for_it_less_the_further_they_are() -> None:
     mask = torch.ones(2, 5, dtype=torch.bool)
     found = fault_advantages([(0, 2, 3), (1, 1, 1), (1, 3, 4)], mask, 2.0, 0.5)
@@ -367,6 +388,11 @@ def test_the_kl_controller_by_hand() -> None:
     for _ in range(100):
         controller.update(0.0, 50)
     assert controller.beta == pytest.approx(0.1 / 3)  # never below a third of where it began
+
+
+def test_over_the_target_a_nat_costs_more_at_once() -> None:
+    controller = KLController(0.1, target=4.0, horizon=100.0)
+    assert [controller.price(kl) for kl in (0.0, 4.0, 6.0, 8.0)] == pytest.approx([0.1, 0.1, 0.225, 0.4])
 
 
 @pytest.mark.parametrize(("begun", "half_way"), [(0.0, 2.0), (6.0, 5.0)])
