@@ -239,7 +239,7 @@ def test_what_an_earlier_round_read_is_not_read_again_and_a_replay_finds_the_sam
 
 def test_a_round_that_left_a_far_live_version_for_the_reference_says_so(published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
     data_dir, record, _ = published
-    anew = replace(QUICK, ppo=replace(QUICK.ppo, updates=1, kl_target=0.5 * record["ppo"]["kl"], kl_ceiling=1.0))
+    anew = replace(QUICK, ppo=replace(QUICK.ppo, updates=1, lr=QUICK.ppo.lr / 4, kl_target=0.5 * record["ppo"]["kl"], kl_ceiling=1.0))
     with Store.open(data_dir, read_only=True) as store:
         second = run(learner_on(data_dir, model, tokenizer, anew), store.voted_comparisons(), live=record["version"])
     assert second["state"] == "published" and second["parent"] == record["version"] and second["ppo"]["history"][0]["kl"] == 0.0
