@@ -136,7 +136,7 @@ class SFTRoundConfig:
 class GateConfig:
     """What a candidate must pass. `learner/gate.py` reads it."""
 
-    prompts: int = 96  # held-out prompts
+    prompts: int = 96  # held-out prompts; half of them where those leave no doubt who wins
     replies_per_prompt: int = 4  # sampled from each of live, candidate and reference
     max_new_tokens: int = 96
     temperature: float = 1.0

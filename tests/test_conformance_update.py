@@ -187,6 +187,12 @@ def faults_by_hand(price: float, decay: float, tokenizer: ChatTokenizer, batch: 
     return rewards, advantages
 
 
+def broken_by_hand(tokenizer: ChatTokenizer, batch: Trajectories) -> float:
+    """Share of replies with a fault."""
+    costs, _ = faults_by_hand(1.0, 1.0, tokenizer, batch)
+    return sum(any(row) for row in costs) / len(batch)
+
+
 def white(rows: list[list[float]], keep_mean: bool = False) -> list[list[float]]:
     """Over all tokens of the batch together: variance 1 (unbiased), and mean 0 unless it is kept."""
     every = [x for row in rows for x in row]
@@ -227,8 +233,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     unit = watched.batches[0]
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
     least, begun, cost = beta / 3, 0.0, config.broken_penalty
-    broken = lambda batch: sum(any(row) for row in faults_by_hand(1.0, 1.0, tokenizer, batch)[0]) / len(batch)  # noqa: E731
-    allowed = broken(unit)
+    allowed = broken_by_hand(tokenizer, unit)
     assert len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]
@@ -274,7 +279,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         target = max(begun + min(1, 4 * done) * (config.kl_target - begun), 0.1 * config.kl_target)  # moves over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
-        excess = (broken(batch) - allowed) / max(allowed, 0.02)  # dual ascent
+        excess = (broken_by_hand(tokenizer, batch) - allowed) / max(allowed, 0.02)  # dual ascent
         cost = min(max(cost * (1 + 0.2 * min(max(excess, -1.0), 1.0)), config.broken_penalty), 8 * config.broken_penalty)
     for returns, rows in zip(told[1:], taught, strict=True):  # the first is of the reference's replies
         close(returns, rows)
