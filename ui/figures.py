@@ -226,7 +226,7 @@ def charts(rows: list[JSON]) -> str:
         return ""
     per_round = [
         ("Reward model: held-out accuracy", lambda r: accuracy_of(r)[0], lambda r: pair(accuracy_of(r)[1]), True, 0.5, "chance"),
-        ("Expected win rate against the version before", win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), True, 0.5, "even"),
+        ("Win rate expected against live", win_rate_of, lambda r: pair(find(r, "gate.win_rate_interval")), True, 0.5, "even"),
         ("KL from the reference (nats)", kl_of, lambda r: None, False, None, ""),
     ]
     drawn = []
@@ -294,7 +294,8 @@ def chart(title: str, points: list[Point], names: str, *, share: bool = True, li
         f'<circle cx="{across(x):.1f}" cy="{up(v):.1f}" r="3.5"><title>{names} {place(x)}: {label(v)}</title></circle>' for x, v, _ in known
     ]
     for end in dict.fromkeys((first, last)):
-        parts.append(f'<text class="tick" x="{across(end):.1f}" y="{height - 6}" text-anchor="middle">{place(end)}</text>')
+        anchor = "end" if first < end == last else "middle"  # a wide last number would leave the picture
+        parts.append(f'<text class="tick" x="{across(end):.1f}" y="{height - 6}" text-anchor="{anchor}">{place(end)}</text>')
     newest = known[-1]
     return (
         f'<figure class="chart"><figcaption>{plain(title)}<b>{label(newest[1])}</b></figcaption>'
