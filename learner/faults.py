@@ -18,6 +18,7 @@ from learner.text_checks import faults
 
 STEP, MOST = 0.2, 8.0  # of a price: its largest change an update, and how dear it may get, in prices at the start
 FEW = 0.02  # share of replies: a reference that breaks less is as good as one that breaks so many
+SPARE = 0.7  # of the reference's share is aimed at: a price that follows what broke comes late, and the share is an estimate
 
 
 class FaultPrice:
@@ -27,9 +28,9 @@ class FaultPrice:
     never below where it began. Faults are few, so at a fixed price that is dear enough for every liking they drown what replies are liked for.
     """
 
-    def __init__(self, price: float, allowed: float) -> None:
-        """allowed: share of the reference's replies with a fault."""
-        self.price, self.least, self.allowed = price, price, allowed
+    def __init__(self, price: float, reference: float) -> None:
+        """reference: share of the reference's replies with a fault."""
+        self.price, self.least, self.allowed = price, price, SPARE * reference
 
     def update(self, rate: float) -> None:
         """rate: share of the policy's replies with a fault."""

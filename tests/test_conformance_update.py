@@ -233,7 +233,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     unit = watched.batches[0]
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
     least, begun, cost = beta / 3, 0.0, config.broken_penalty
-    allowed = broken_by_hand(tokenizer, unit)
+    allowed = 0.7 * broken_by_hand(tokenizer, unit)
     assert len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]

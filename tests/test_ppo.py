@@ -216,16 +216,16 @@ def test_a_reply_that_was_cut_is_not_broken_by_its_end_alone(model: CausalModel,
 
 
 def test_the_price_of_a_fault_by_hand() -> None:
-    price = FaultPrice(3.0, allowed=0.04)
+    price = FaultPrice(3.0, reference=0.05)  # so 0.035 is aimed at
     seen = []
-    for rate in (0.06, 0.5, 0.02, 0.0, 0.0):
+    for rate in (0.0525, 0.5, 0.0175, 0.0, 0.0):
         price.update(rate)
         seen.append(price.price)
     assert seen == pytest.approx([3.3, 3.3 * 1.2, 3.3 * 1.2 * 0.9, 3.0, 3.0])  # never below its start
     for _ in range(100):
         price.update(1.0)
     assert price.price == 24.0
-    whole = FaultPrice(3.0, allowed=0.0)
+    whole = FaultPrice(3.0, reference=0.0)
     whole.update(0.02)
     assert whole.price == pytest.approx(3.6)
 
