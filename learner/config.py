@@ -80,7 +80,7 @@ class PPOConfig:
     back_offs: int = 3  # how often it goes on from there, with half the step, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
-    broken_penalty: float = 6.0  # taken off, at the token where it shows, for a fault that `learner/text_checks.py` finds: at first, and more where more replies break than the reference's
+    broken_penalty: float = 6.0  # taken off, at the token where it shows, for a fault that `learner/text_checks.py` finds: at first, and more while more replies break than `faults.SPARE` of the reference's share
     fault_decay: float = 0.8  # how far back before a fault its tokens answer for it, a token (rloo, reinforce; gae has lam)
     ptx_coef: float = 0.0  # PPO-ptx: weight of the instruction-finetuning loss (Ouyang et al. 2022, Eq. 2's gamma)
     ptx_replies: int = 8  # replies of it a step

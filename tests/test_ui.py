@@ -446,6 +446,9 @@ def test_a_chart_puts_its_points_where_the_figures_say() -> None:
     (x1, bottom), (x2, middle), (x3, top) = points
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and bottom - middle == pytest.approx(middle - top, abs=0.2)
     assert f'y1="{middle:.1f}" y2="{middle:.1f}"' in svg, "the chance line is at one half"
+    for newest, below in ((0.58, True), (0.42, False)):  # a name on the point's side of the line would lie under the point
+        svg = figures.chart("t", [(1, 0.7, None), (2, newest, None)], "Round", line=0.5, mark="even")
+        assert (float(re.findall(r'y="([\d.]+)" text-anchor="end">even', svg)[0]) > middle) is below
 
 
 def test_a_reliability_diagram_lies_on_its_diagonal_where_confidence_is_right() -> None:

@@ -281,9 +281,10 @@ def chart(title: str, points: list[Point], names: str, *, share: bool = True, li
     if line == "diagonal":
         parts.append(f'<line class="level" x1="{across(first):.1f}" x2="{across(last):.1f}" y1="{up(first):.1f}" y2="{up(last):.1f}"/>')
     elif isinstance(line, float):
+        aside = 11 if known[-1][1] > line else -4  # the newest point lies at the mark's end, on the other side of the line
         parts.append(
             f'<line class="level" x1="{left}" x2="{width - right}" y1="{up(line):.1f}" y2="{up(line):.1f}"/>'
-            f'<text class="tick" x="{width - right}" y="{up(line) - 4:.1f}" text-anchor="end">{mark}</text>'
+            f'<text class="tick" x="{width - right}" y="{up(line) + aside:.1f}" text-anchor="end">{mark}</text>'
         )
     for x, _, interval in known:
         if interval:
