@@ -7,9 +7,11 @@
 
 FROM python:3.11-slim AS source
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE plaudit.py ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE plaudit.py ./
 COPY store store
 COPY engine engine
+# engine/decode.c is built with the package.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY server server
 COPY learner learner
 COPY ui ui

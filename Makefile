@@ -14,7 +14,7 @@ help:                  ## this list
 
 venv: .venv/.done      ## build .venv with the pinned dependencies
 
-.venv/.done: pyproject.toml constraints.txt
+.venv/.done: pyproject.toml constraints.txt setup.py engine/decode.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Plaudit needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \

@@ -659,6 +659,7 @@ def doctor(data_dir: DataDir = None) -> None:
 
     import torch
 
+    from engine import native
     from server.auth import Keyring
     from server.errors import StartupError
     from server.settings import STARTER
@@ -679,6 +680,7 @@ def doctor(data_dir: DataDir = None) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, the CPU does the work"
     row(True, "gpu", gpu)
     row(True, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}")
+    row(True, "decoding on the CPU", "in C" if native.library() is not None else "by torch, more slowly: install a C compiler, then `make venv` anew")
     row(True, "sqlite", durability())
     starter_there = (STARTER / "config.json").is_file()
     row(starter_there, "starter model", STARTER if starter_there else f"missing from {STARTER}: make it with `plaudit starter`")

@@ -8,6 +8,7 @@ and never gathers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -118,12 +119,21 @@ class Rows:
         cache.reserve(self.last, self.end)
         device = cache.keys.device
         self.at = onto(device, lengths, torch.long)  # (n,)
-        self.rows = torch.arange(first, self.last, device=device)
         self.positions = self.at[:, None]  # (n, 1)
-        self.mask = None  # None: every row is as long as the longest
-        if min(lengths) + 1 < self.end:
-            ok = torch.arange(self.end, device=device) <= self.positions  # (n, S)
-            self.mask = additive(ok, cache.keys.dtype)[:, None, None]  # (n, 1, 1, S)
+        self.even = min(lengths) + 1 == self.end
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(n,)"""
+        return torch.arange(self.first, self.last, device=self.at.device)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(n, 1, 1, S); None where every row is as long as the longest."""
+        if self.even:
+            return None
+        ok = torch.arange(self.end, device=self.at.device) <= self.positions  # (n, S)
+        return additive(ok, self.cache.keys.dtype)[:, None, None]
 
     def put(self: Rows | Slots, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (n, kv_heads, 1, head_dim); return those to attend to (n, kv_heads, S, head_dim)."""

@@ -123,7 +123,7 @@ class Engine:
         if not running:
             return []
         if hidden:
-            new = self._sample(self.model.logits(torch.cat(hidden)))
+            new = self._sample(self.model.next_logits(torch.cat(hidden)))
             said |= zip(running[len(said) :], zip(*new, strict=True), strict=True)
         deltas = [self._extend(s, *said[s]) for s in running]
         for row, delta in enumerate(deltas, 1):

@@ -152,6 +152,7 @@ class LoraBank:
         self.adapters: dict[str, Adapter] = {}
         self.active: Single | Mixture | None = None
         self.revision = 0  # grows whenever the set of adapters changes
+        self.native = False  # whether decode steps are `engine/native.py`'s
         self.whole: Whole | None = None  # of the adapter that last had the model to itself: one more copy of the weights
 
     @property
@@ -282,7 +283,7 @@ class LoraBank:
     def whole_of(self, adapter: Adapter) -> Whole:
         """The adapter added into the weights, as far as that has come; another's is given up for it."""
         if self.whole is None or self.whole.adapter is not adapter:
-            self.whole = Whole(adapter, self.linears)
+            self.whole = Whole(adapter, self)
         return self.whole
 
     def _get(self, name: str) -> Adapter:

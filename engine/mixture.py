@@ -7,7 +7,7 @@ Owns what a step with several versions computes, and what it costs. Does not own
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,23 @@ from engine.gpu import Low, onto
 
 if TYPE_CHECKING:
     from engine.lora import Adapter, LoraBank, LoraLinear
+    from engine.native import Decode
 
+NOTHING: dict[LoraLinear, Tensor] = {}
 PATIENCE = 32  # steps in a row of one version alone, before its weights are added up
 
 
 class Whole:
-    """One adapter added into a copy of the packed weights, so that a layer costs what it costs bare.
+    """One adapter added into a copy of the weights, so that a layer costs what it costs bare. They are laid out for what decodes:
+    packed, or plain where that is `engine/native.py`.
 
     It is made a layer a step, so that no step waits for it, and not before its adapter has had the model to itself for
     `patience` steps; with a patience of 0, all at once.
     """
 
-    def __init__(self, adapter: Adapter, linears: Sequence[LoraLinear], patience: int = PATIENCE) -> None:
-        self.adapter, self.patience, self.at_once = adapter, patience, patience == 0
-        self.left = [linear for linear in linears if linear.packed is not None]
+    def __init__(self, adapter: Adapter, bank: LoraBank, patience: int = PATIENCE) -> None:
+        self.adapter, self.patience, self.at_once, self.plain = adapter, patience, patience == 0, bank.native
+        self.left = [linear for linear in bank.linears if self.plain or linear.packed is not None]
         self.made: dict[LoraLinear, Tensor] = {}
 
     @torch.no_grad()
@@ -41,8 +44,8 @@ class Whole:
         while self.left and not self.patience:
             linear = self.left.pop()
             if (fused := self.adapter.fused(linear)) is not None:
-                weight = packed.pack(linear.weight.detach() + fused[1].detach() @ fused[0].detach())
-                if weight is not None:
+                plain = linear.weight.detach() + fused[1].detach() @ fused[0].detach()
+                if (weight := plain if self.plain else packed.pack(plain)) is not None:
                     self.made[linear] = weight
             if not self.at_once:
                 break
@@ -59,7 +62,7 @@ class Mixture:
     def __init__(self, bank: LoraBank, adapters: Sequence[Adapter]) -> None:
         self.count, self.bank, self.adapters = len(adapters), bank, list(adapters)
         self.wholes: dict[int, Whole] = {}  # of adapters in training, whose numbers hold as long as this mixture does
-        self.whole: dict[LoraLinear, Tensor] = {}  # for the rows at hand
+        self.whole = NOTHING  # for the rows at hand
         linears = bank.linears
         self.stacks: dict[LoraLinear, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
         self.owners: dict[tuple[int, ...], Tensor] = {}  # by ranks: whose each of the R columns is, (R,)
@@ -73,7 +76,9 @@ class Mixture:
                     self.owners[ranks] = onto(a.device, [i for i, r in enumerate(ranks) for _ in range(r)], torch.int32)
         self.stale = False  # whether adapters may have been trained since
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
+        self.counts = {ranks: onto(bank.device, ranks, torch.int32) for ranks in self.owners}
         self.rows: tuple[int, ...] | None = None
+        self._told: tuple[dict[LoraLinear, Tensor], int, Any] | None = None
         self.choice: Tensor | None = None  # the same on the device, (rows,)
 
     def choose(self, rows: Sequence[int]) -> None:
@@ -83,11 +88,11 @@ class Mixture:
             self.rows = tuple(rows)
             if self.count == 1 and all(row == 0 for row in rows):
                 self.masks = dict.fromkeys(self.owners)
-        self.whole = self._whole_of(rows[0]).made if rows[0] >= 0 and rows.count(rows[0]) == len(rows) else {}
+        self.whole = self._whole_of(rows[0]).made if rows[0] >= 0 and rows.count(rows[0]) == len(rows) else NOTHING
 
     def follow(self, choice: Tensor) -> None:
         """As `choose`, by numbers on the device, (rows,), that may be others when a recorded step is replayed."""
-        self.rows, self.whole, self.choice = None, {}, choice.int()
+        self.rows, self.whole, self.choice = None, NOTHING, choice.int()
         # (rows, 1, R), True = another's column
         self.masks = {ranks: (self.choice[:, None] != owner)[:, None] for ranks, owner in self.owners.items()}
 
@@ -99,10 +104,16 @@ class Mixture:
         assert self.choice is not None
         return Low(a, b, self.owners[ranks], self.choice)
 
+    def table(self, decode: Decode) -> Any:
+        """What `engine/native.py` tells of every layer, for the rows at hand."""
+        if self._told is None or self._told[0] is not self.whole or self._told[1] != len(self.whole):
+            self._told = self.whole, len(self.whole), decode.layers(self)
+        return self._told[2]
+
     def rest(self) -> None:
         """Nothing runs, so adapters in training may change from here on."""
         self.stale = any(adapter.trainable for adapter in self.adapters)
-        self.wholes, self.whole = {}, {}
+        self.wholes, self.whole = {}, NOTHING
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -120,13 +131,13 @@ class Mixture:
         elif row in self.wholes:
             whole = self.wholes[row]
         else:
-            whole = self.wholes[row] = Whole(adapter, self.bank.linears, patience=0)
+            whole = self.wholes[row] = Whole(adapter, self.bank, patience=0)
         whole.step()
         return whole
 
     def through(self, linear: LoraLinear, x: Tensor) -> Tensor:
         """The layer's output, each row's by its own adapter."""
-        if (weight := self.whole.get(linear)) is not None:
+        if not self.bank.native and (weight := self.whole.get(linear)) is not None:
             return packed.product(x, weight, linear.bias)
         y, stack = linear.bare(x), self.stacks.get(linear)
         if stack is None:

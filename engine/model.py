@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import decoder, packed, source
+from engine import decoder, native, packed, source
 from engine.cache import KVCache, Pack, Prompt, Rows, Slots, additive
 from engine.lora import LoraBank
 from engine.mixture import Mixture
@@ -37,6 +37,7 @@ class CausalModel(nn.Module):
         self.dtype, self.device = dtype, device
         self.lora = LoraBank(name)
         self.packed = False
+        self.decode: native.Decode | None = None
         if decoder.fits(config):
             weights = source.read_weights(directory, dtype, device)
             self.net: Any = decoder.Decoder(config, weights, self.lora)
@@ -93,13 +94,16 @@ class CausalModel(nn.Module):
         return torch.tensor(found, device=self.device)
 
     def pack(self) -> None:
-        """Make inference faster on a CPU for a second copy of the weights (`engine/packed.py`); results agree to rounding."""
+        """Make inference faster on a CPU (`engine/packed.py`, for a second copy of the weights, and `engine/native.py`); results agree to rounding."""
         if self.packed:
             return
         self.packed = True
         for linear in self.lora.linears:
             linear.packed = packed.pack(linear.weight)
         self.net.pack()
+        if isinstance(self.net, decoder.Decoder):
+            self.decode = native.Decode.of(self.net)
+            self.lora.native = self.decode is not None
 
     def new_cache(self, max_rows: int, max_length: int) -> KVCache:
         """An empty key-value cache of this model's shape."""
@@ -121,6 +125,8 @@ class CausalModel(nn.Module):
         if cache is not None:
             if valid is not None or attend is not None or positions is not None:
                 raise ValueError("a cache brings its own positions and mask")
+            if self.decode is not None and isinstance(cache, Rows) and not torch.is_grad_enabled() and not isinstance(adapter, str):
+                return self.decode.step(ids, cache, adapter)
             positions, mask = cache.positions, cache.mask
         else:
             positions = self._positions(ids, valid) if positions is None else positions
@@ -131,6 +137,10 @@ class CausalModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32."""
         return self.net.logits(hidden).float()
+
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits` of (n, D), for sampling: without a gradient, and agreeing with it to rounding."""
+        return self.logits(hidden) if self.decode is None else self.decode.logits(hidden)
 
     def logprobs(
         self,

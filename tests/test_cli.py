@@ -190,7 +190,8 @@ def test_doctor_looks_above_a_data_directory_that_is_not_there_yet(tmp_path: Pat
 
 def test_make_says_what_is_missing_again_after_a_venv_that_failed_half_way(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "constraints.txt"):
+    (tmp_path / "engine").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "setup.py", "engine/decode.c"):
         (tmp_path / name).touch()
     python = tmp_path / "python"  # Debian's without python3-venv: it leaves a .venv without pip
     python.write_text('#!/bin/sh\n[ "$2" != venv ] || { mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 1; }\n')

@@ -1,0 +1,146 @@
+"""A decode step in one call on a CPU: what `engine/decode.c` is told, and when it is there to be used.
+
+torch's operations are told one by one, and a small model's step is over a hundred of them. Owns the addresses that are handed over
+and the check that what was built gives the right numbers; the arithmetic is the C file's, the same as `engine/decoder.py`'s to rounding.
+It is built with the package where there is a C compiler; without it torch's operations are used, and a line in the log says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from engine.cache import Rows
+    from engine.decoder import Block, Decoder
+    from engine.lora import LoraLinear
+    from engine.mixture import Mixture
+
+WIDTH = 8  # numbers at a time: what sizes must be multiples of
+log = logging.getLogger("plaudit.engine")
+
+
+class Product(Structure):
+    """As in decode.c, like the three below."""
+
+    _fields_ = [*((name, c_void_p) for name in ("w", "bias", "a", "b", "ranks")), ("in_size", c_int64), ("out_size", c_int64)]
+
+
+class Layer(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm_1", "q_norm", "k_norm", "norm_2")),
+        *((name, Product) for name in ("qkv", "o", "gate_up", "down")),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "dim", "heads", "kv_heads", "head_dim")), ("eps", c_double),
+        *((name, c_void_p) for name in ("embed", "norm", "inv_freq")),
+    ]  # fmt: skip
+
+
+class Step(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("n", "threads")),
+        *((name, c_void_p) for name in ("ids", "lengths", "choice", "keys", "values")),
+        *((name, c_int64) for name in ("by_layer", "by_row", "by_head")), ("hidden", c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """What was built of decode.c, once it gave the right numbers here; else None."""
+    try:
+        found = find_spec("engine._decode")
+        if found is None or found.origin is None:
+            raise OSError("it was not built: install a C compiler, then the package anew (`make venv`)")
+        if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+            raise OSError("this processor has no AVX2")
+        built = ctypes.CDLL(found.origin)
+        built.decode_step.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Step)]
+        built.decode_product.argtypes = [c_void_p] * 3 + [c_int64] * 4
+        built.decode_product.restype = None
+        x, w = torch.randn(5, 64), torch.randn(67, 64)
+        if not torch.allclose(product(built, x, w), x @ w.T, rtol=1e-4, atol=1e-4):
+            raise OSError("it gives wrong numbers here")
+        return built
+    except OSError as error:
+        log.warning("no decode step in C, replies come more slowly: %s", error)
+        return None
+
+
+def product(built: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
+    built.decode_product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), *weight.T.shape, torch.get_num_threads())
+    return y
+
+
+class Decode:
+    """The decode steps of one decoder. `of` says whether there can be any."""
+
+    def __init__(self, net: Decoder, built: ctypes.CDLL) -> None:
+        self.net, self.built = net, built
+        block = net.blocks[0]
+        self.model = Model(
+            len(net.blocks), net.embed.shape[1], block.heads, block.kv_heads, block.head_dim, net.eps,
+            net.embed.data_ptr(), net.norm.data_ptr(), net.inv_freq.data_ptr(),
+        )  # fmt: skip
+        self.bare = self.layers(None)
+
+    @classmethod
+    def of(cls, net: Decoder) -> Decode | None:
+        """For float32 on a CPU, with sizes of whole vectors."""
+        block: Block = net.blocks[0]  # type: ignore[assignment]
+        sizes = [block.head_dim, *block.qkv.weight.shape, *block.down.weight.shape]
+        right = net.embed.device.type == "cpu" and net.embed.dtype == torch.float32 and not any(n % WIDTH for n in sizes)
+        built = library() if right else None
+        return None if built is None else cls(net, built)
+
+    def layers(self, mixture: Mixture | None) -> ctypes.Array[Layer]:
+        """Where every layer's numbers lie, those of the mixture's adapters with them."""
+        table = (Layer * len(self.net.blocks))()
+        for row, block in zip(table, self.net.blocks, strict=True):
+            for name in ("norm_1", "q_norm", "k_norm", "norm_2"):
+                tensor = getattr(block, name)
+                setattr(row, name, None if tensor is None else tensor.data_ptr())
+            for name in ("qkv", "o", "gate_up", "down"):
+                setattr(row, name, self.product(getattr(block, name), mixture))
+        return table
+
+    def product(self, linear: LoraLinear, mixture: Mixture | None) -> Product:
+        """One layer's numbers: an adapter that is alone and `Whole` is in the weights already."""
+        whole = None if mixture is None else mixture.whole.get(linear)
+        weight, bias = linear.weight if whole is None else whole, linear.bias
+        a = b = ranks = None
+        if mixture is not None and whole is None and (stack := mixture.stacks.get(linear)) is not None:
+            a, b, ranks = stack[0].data_ptr(), stack[1].data_ptr(), mixture.counts[stack[2]].data_ptr()
+        out_size, in_size = linear.weight.shape
+        return Product(weight.data_ptr(), None if bias is None else bias.data_ptr(), a, b, ranks, in_size, out_size)
+
+    def step(self, ids: Tensor, rows: Rows, mixture: Mixture | None) -> Tensor:
+        """ids (n, 1), one for each row -> final-normed hidden states (n, 1, D); the rows are one token longer then."""
+        keys, values = rows.cache.keys[:, rows.first :], rows.cache.values[:, rows.first :]
+        hidden = self.net.embed.new_empty(len(ids), 1, self.model.dim)
+        by_layer, by_row, by_head, _, _ = keys.stride()
+        choice = None if mixture is None or mixture.choice is None else mixture.choice.data_ptr()
+        told = Step(
+            len(ids), torch.get_num_threads(), ids.data_ptr(), rows.at.data_ptr(), choice, keys.data_ptr(), values.data_ptr(),
+            by_layer, by_row, by_head, hidden.data_ptr(),
+        )  # fmt: skip
+        table = self.bare if mixture is None else mixture.table(self)
+        if self.built.decode_step(byref(self.model), table, byref(told)):
+            raise MemoryError(f"no memory for a step of {len(ids)} replies: lower max_sequences")
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V)."""
+        return product(self.built, hidden.contiguous(), self.net.head)

@@ -1,0 +1,156 @@
+"""engine/native.py and decode.c against torch's operations on the same numbers, and a row against itself in other company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import native
+from engine.cache import Rows
+from engine.decoder import Decoder
+from engine.mixture import Mixture
+from engine.model import CausalModel
+from tests.tiny import tiny_model_dir
+
+LENGTHS, IDS = [3, 17, 17, 30, 0, 8, 31], [5, 6, 7, 300, 5, 9, 11]
+CHOICES = [0, -1, 1, 0, 1, 2, -1]  # of three adapters, and the base
+pytestmark = pytest.mark.skipif(native.library() is None, reason="decode.c was not built here: no C compiler")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "mistral"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> CausalModel:
+    made = CausalModel.load(tiny_model_dir(tmp_path / "model", request.param))
+    made.pack()
+    for at, (name, rank, targets) in enumerate([("a", 6, None), ("b", 16, None), ("c", 3, ["q_proj", "up_proj"])]):
+        made.lora.create(name, r=rank, targets=targets, seed=at, trainable=False)
+        for p in made.lora.parameters(name).values():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(at)) * 0.2)
+    return made
+
+
+@torch.inference_mode()
+def step(model: CausalModel, rows: range, mixture: Mixture | None, *, by_torch: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """One token in some rows of a cache that is full of noise: hidden states, and all keys and values afterwards."""
+    torch.manual_seed(0)
+    cache = model.new_cache(len(IDS) + 1, 64)
+    cache.reserve(len(IDS) + 1, 40)
+    cache.keys.normal_()
+    cache.values.normal_()
+    if mixture is not None:
+        mixture.choose([CHOICES[i] for i in rows] if mixture.count > 1 else [0] * len(rows))
+    decode, model.decode = model.decode, None if by_torch else model.decode
+    model.lora.native = model.decode is not None
+    try:
+        ids = torch.tensor([[IDS[i]] for i in rows])
+        hidden = model(ids, adapter=mixture, cache=Rows(cache, [LENGTHS[i] for i in rows], first=1 + rows[0]))
+        return hidden, cache.keys, cache.values
+    finally:
+        model.decode, model.lora.native = decode, decode is not None
+
+
+@pytest.mark.parametrize("names", [(), ("b",), ("a", "b", "c")])
+def test_a_step_is_what_torch_computes(model: CausalModel, names: tuple[str, ...], threads: None) -> None:
+    mixtures = [model.lora.mixture(names) if names else None for _ in range(2)]
+    ours = step(model, range(len(IDS)), mixtures[0])
+    theirs = step(model, range(len(IDS)), mixtures[1], by_torch=True)
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-4, atol=5e-5)
+
+
+def test_a_row_does_not_depend_on_the_others_or_on_threads(model: CausalModel) -> None:
+    """Bit for bit: the same seed gives the same tokens whoever else is writing."""
+    mixture, before = model.lora.mixture(("a", "b", "c")), torch.get_num_threads()
+    together, keys, values = step(model, range(len(IDS)), mixture)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for rows in (range(len(IDS)), range(2), range(1, 4), range(3, 7), range(5, 6)):
+                alone, own_keys, own_values = step(model, rows, mixture)
+                assert torch.equal(alone, together[list(rows)])
+                for i in rows:
+                    assert torch.equal(own_keys[:, i + 1], keys[:, i + 1])
+                    assert torch.equal(own_values[:, i + 1], values[:, i + 1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_adapter_alone_is_added_into_the_weights(model: CausalModel) -> None:
+    """A layer a step, after a while; the numbers stay the same to rounding."""
+    mixture = model.lora.mixture(("b",))
+    first = step(model, range(len(IDS)), mixture)[0]
+    for _ in range(60):
+        later = step(model, range(len(IDS)), mixture)[0]
+    assert len(mixture.whole) == len(model.lora.linears)
+    torch.testing.assert_close(later, first, rtol=1e-4, atol=5e-5)
+    assert not torch.equal(later, first)
+
+
+def test_a_row_that_broke_down_breaks_no_other(model: CausalModel) -> None:
+    mixture = model.lora.mixture(("a", "b", "c"))
+    whole = step(model, range(len(IDS)), mixture)[0]
+    mixture = model.lora.mixture(("a", "b", "c"))
+    for linear, (a, b, ranks) in mixture.stacks.items():
+        mixture.stacks[linear] = (a, torch.where(torch.arange(len(b))[:, None] < ranks[0], float("nan"), b), ranks)
+    broken = step(model, range(len(IDS)), mixture)[0]
+    for i, choice in enumerate(CHOICES):
+        assert bool(broken[i].isnan().all()) if choice == 0 else torch.equal(broken[i], whole[i])
+
+
+@pytest.mark.parametrize("rows, inputs, outputs", [(1, 8, 1), (2, 64, 63), (3, 24, 65), (4, 128, 257), (9, 40, 8)])
+def test_logits_are_the_product(rows: int, inputs: int, outputs: int, threads: None) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    built = native.library()
+    assert built is not None
+    torch.testing.assert_close(native.product(built, x, w), x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_far_apart_and_far_from_nought(model: CausalModel) -> None:
+    """Softmax where e^x would overflow or be nothing: one key is liked beyond all others, and no number is lost."""
+    with torch.no_grad():
+        for block in model.net.blocks:
+            block.qkv.weight.mul_(30)
+            block.qkv.packed = None
+    ours, theirs = (step(model, range(len(IDS)), None, by_torch=by_torch)[0] for by_torch in (False, True))
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_where_it_cannot_be_used(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other precisions, sizes that are no whole vectors, other architectures, or nothing built: torch's operations, and the same replies."""
+    half = CausalModel.load(tiny_llama, dtype=torch.bfloat16)
+    odd = CausalModel.load(tiny_model_dir(tmp_path / "odd", hidden=48))  # heads of 12
+    other = CausalModel.load(tiny_model_dir(tmp_path / "gpt2", "gpt2"))
+    for model in (half, odd, other):
+        model.pack()
+        assert model.decode is None and not model.lora.native
+    monkeypatch.setattr(native, "library", lambda: None)
+    plain = CausalModel.load(tiny_llama)
+    plain.pack()
+    assert isinstance(plain.net, Decoder) and plain.decode is None
+
+
+def test_no_library_is_said_once_and_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    fresh: Callable[[], object] = native.library.__wrapped__
+    monkeypatch.setattr(native, "find_spec", lambda name: None)
+    with caplog.at_level("WARNING", logger="plaudit.engine"):
+        assert fresh() is None
+    assert "C compiler" in caplog.text
+    caplog.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "product", lambda built, x, w: x @ w.T + 1)
+    with caplog.at_level("WARNING", logger="plaudit.engine"):
+        assert fresh() is None
+    assert "wrong numbers" in caplog.text
