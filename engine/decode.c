@@ -14,23 +14,29 @@
 #include <string.h>
 #include <unistd.h>
 
-#if defined(__x86_64__)
-#define PAUSE() __builtin_ia32_pause()
+#ifdef __AVX2__
+#include <immintrin.h>
+#define PAUSE() _mm_pause()
 #define KEEP(v) __asm__("" : "+x"(v)) /* in a register: compilers rather read it again, and reading is what takes the time (37 -> 63 GFLOPS) */
 #else
 #define PAUSE() ((void)0)
 #define KEEP(v) ((void)0)
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define BLOCK 32   /* weights of 8 bits with a scale of their own */
 #define OUTPUTS 64 /* of a product that a thread takes at a time */
 #define HELPERS 63 /* threads beside the caller's, at most */
 
 typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef float u8v __attribute__((vector_size(32), aligned(4), may_alias)); /* at any address */
+typedef int16_t h16 __attribute__((vector_size(32)));
+typedef int16_t u16h __attribute__((vector_size(32), aligned(2), may_alias));
 
 typedef struct {              /* y = x W^T + bias, and for rows with an adapter + (x A^T) B */
     const float *w, *bias;    /* (out, in), (out) or none */
+    const int8_t *q;          /* (out, in), or none: W in 8 bits, each BLOCK of a row times its scale */
+    const float *scales;      /* (out, in / BLOCK) */
     const float *a, *b;       /* every adapter's, end to end: (R, in), (R, out); none where no adapter touches the layer */
     const int32_t *ranks;     /* R of each adapter */
     int64_t in, out;
@@ -217,6 +223,33 @@ static void rms_norm(const float *x, const float *w, float *y, int64_t n, int64_
     }
 }
 
+#ifdef __AVX2__
+INLINE h16 widened(const int8_t *p) { return (h16)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+INLINE i8 dots(h16 a, h16 b) { return (i8)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+INLINE h16 widened(const int8_t *p) {
+    h16 x;
+    for (int i = 0; i < 16; i++) x[i] = p[i];
+    return x;
+}
+INLINE i8 dots(h16 a, h16 b) { /* of neighbours: a0 b0 + a1 b1, ... */
+    i8 s;
+    for (int i = 0; i < 8; i++) s[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return s;
+}
+#endif
+
+/* rows of x (n, dim) in 16 bits, and what each is to be multiplied with */
+static void to_16_bits(const float *x, int16_t *q, float *scales, int64_t n, int64_t dim) {
+    for (int64_t j = 0; j < n; j++, x += dim, q += dim) {
+        float most = 0;
+        for (int64_t k = 0; k < dim; k++) most = fabsf(x[k]) > most || x[k] != x[k] ? fabsf(x[k]) : most; /* a NaN stays */
+        float per = most > 0 ? 32767.0f / most : 0;
+        scales[j] = most == most && most <= 3.4e38f ? most / 32767.0f : NAN; /* a row that broke down stays one */
+        for (int64_t k = 0; k < dim; k++) q[k] = (int16_t)(int32_t)rintf(x[k] * (per < 1e38f ? per : 0));
+    }
+}
+
 /* -- Products ----------------------------------------------------------------------------------------------------------------------- */
 
 /* `rows` rows of w, by their addresses, with n rows of x, rows * n <= 8: result i * n + j is of w's i-th and x's j-th. */
@@ -234,16 +267,53 @@ INLINE v8 tile(const float *const *w, int rows, const float *x, int n, int64_t i
     return sums(s);
 }
 
+/* The same with w in 8 bits and x in 16, whose products add up exactly; `scales` are those of w's rows, x's is its caller's. */
+INLINE v8 tile_q(const int8_t *const *w, const float *const *scales, int rows, const int16_t *x, int n, int64_t in) {
+    v8 s[8] = {};
+    for (int64_t k = 0; k < in; k += BLOCK) {
+        h16 a[8][2];
+        for (int i = 0; i < rows; i++) a[i][0] = widened(w[i] + k), a[i][1] = widened(w[i] + k + 16);
+        for (int j = 0; j < n; j++) {
+            h16 b = *(const u16h *)(x + j * in + k), c = *(const u16h *)(x + j * in + k + 16);
+            for (int i = 0; i < rows; i++)
+                s[i * n + j] += __builtin_convertvector(dots(a[i][0], b) + dots(a[i][1], c), v8) * scales[i][k / BLOCK];
+        }
+    }
+    return sums(s);
+}
+
+typedef struct {
+    const float *w; /* in 32 bits, */
+    const int8_t *q; /* or in 8 */
+    const float *scales;
+} Weights;
+
+typedef struct {
+    const float *x;
+    const int16_t *q; /* x in 16 bits, for weights in 8 */
+    const float *scales;
+} Input;
+
 /* y[j * stride + i] = x_j . w_i for `count` rows of w that follow each other, and n rows of x. The rows of a tile are far apart, so
  * that from tile to tile each goes on where it was in memory: processors fetch ahead what is read in order. */
-INLINE void tiles(const float *w, int64_t count, int rows, const float *x, int n, int64_t in, float *y, int64_t stride) {
+INLINE void tiles(const Weights w, int64_t count, int rows, const Input x, int n, int64_t in, float *y, int64_t stride) {
     int64_t share = (count + rows - 1) / rows;
     for (int64_t i = 0; i < share; i++) {
-        const float *at[8];
-        for (int e = 0; e < rows; e++) at[e] = w + (e * share + i < count ? e * share + i : count - 1) * in;
-        v8 got = tile(at, rows, x, n, in);
+        int64_t row[8];
+        for (int e = 0; e < rows; e++) row[e] = e * share + i < count ? e * share + i : count - 1;
+        v8 got;
+        if (w.q) {
+            const int8_t *at[8];
+            const float *scales[8];
+            for (int e = 0; e < rows; e++) at[e] = w.q + row[e] * in, scales[e] = w.scales + row[e] * (in / BLOCK);
+            got = tile_q(at, scales, rows, x.q, n, in);
+        } else {
+            const float *at[8];
+            for (int e = 0; e < rows; e++) at[e] = w.w + row[e] * in;
+            got = tile(at, rows, x.x, n, in);
+        }
         for (int e = 0; e < rows && e * share + i < count; e++)
-            for (int j = 0; j < n; j++) y[j * stride + e * share + i] = got[e * n + j];
+            for (int j = 0; j < n; j++) y[j * stride + e * share + i] = w.q ? got[e * n + j] * x.scales[j] : got[e * n + j];
     }
 }
 
@@ -251,6 +321,8 @@ typedef struct {
     const Product *p;
     const float *x, *low, *add; /* (n, in); (n, most), x A^T; (n, out) to add, or none */
     float *y;                   /* (n, out), or (n, out / 2) */
+    int16_t *q;                 /* room for x in 16 bits, and its scales */
+    float *scales;
     int64_t n, most;
     const int32_t *choice;
     int gated; /* the first half of the outputs are gates of the second: SwiGLU */
@@ -267,7 +339,7 @@ INLINE int64_t rank_of(const Linear *l, int64_t row, int64_t *before) {
 static void low_rank(const void *what, int64_t row) {
     const Linear *l = what;
     int64_t before, rank = rank_of(l, row, &before), in = l->p->in;
-    if (rank) tiles(l->p->a + before * in, rank, 8, l->x + row * in, 1, in, (float *)l->low + row * l->most, 0);
+    if (rank) tiles((Weights){.w = l->p->a + before * in}, rank, 8, (Input){.x = l->x + row * in}, 1, in, (float *)l->low + row * l->most, 0);
 }
 
 /* y += low B over `count` outputs from b on */
@@ -296,7 +368,9 @@ static void linear(const void *what, int64_t chunk) {
     for (int64_t row = 0; row < l->n; row += 4) {
         int n = l->n - row < 4 ? (int)(l->n - row) : 4;
         for (int64_t h = 0; h < halves; h++) {
-            const float *w = p->w + (h * wide + from) * in, *x = l->x + row * in;
+            int64_t first = h * wide + from;
+            Weights w = p->q ? (Weights){.q = p->q + first * in, .scales = p->scales + first * (in / BLOCK)} : (Weights){.w = p->w + first * in};
+            Input x = {l->x + row * in, l->q + row * in, l->scales + row};
             float *y = got[0] + h * half;
             if (n == 4) tiles(w, count, 2, x, 4, in, y, OUTPUTS);
             else if (n == 3) tiles(w, count, 2, x, 3, in, y, OUTPUTS);
@@ -326,6 +400,7 @@ static void product(int gathered, Linear l) {
     int64_t before, some = 0;
     for (int64_t j = 0; j < l.n; j++) some |= rank_of(&l, j, &before);
     if (some) each(gathered, l.n, low_rank, &l);
+    if (l.p->q) to_16_bits(l.x, l.q, l.scales, l.n, l.p->in);
     each(gathered, (l.p->out + OUTPUTS - 1) / OUTPUTS, linear, &l);
 }
 
@@ -418,10 +493,13 @@ int decode_step(const Model *m, const Layer *layers, const Step *s) {
                 if (each_one[j]->a && s->choice[r] >= 0 && each_one[j]->ranks[s->choice[r]] > most) most = each_one[j]->ranks[s->choice[r]];
     }
     most = (most + 7) / 8 * 8;
-    float *memory = malloc(4 * n * (2 * dim + wide + m->heads * d + inner + most + 2 * d)), *at = memory;
+    int64_t broad = inner > dim ? inner : dim; /* of what is put into 16 bits */
+    broad = m->heads * d > broad ? m->heads * d : broad;
+    float *memory = malloc(4 * n * (2 * dim + wide + m->heads * d + inner + most + 2 * d) + (2 * broad + 4) * n), *at = memory;
     if (!memory) return 1;
     float *x = at, *normed = (at += n * dim), *qkv = (at += n * dim), *seen = (at += n * wide), *act = (at += n * m->heads * d);
-    float *low = (at += n * inner), *cos = (at += n * most), *sin = at + n * d;
+    float *low = (at += n * inner), *cos = (at += n * most), *sin = at + n * d, *scales = sin + n * d;
+    int16_t *q = (int16_t *)(scales + n);
     for (int64_t j = 0; j < n; j++) {
         memcpy(x + j * dim, m->embed + s->ids[j] * dim, 4 * dim);
         for (int64_t i = 0; i < d; i++) {
@@ -433,12 +511,12 @@ int decode_step(const Model *m, const Layer *layers, const Step *s) {
     for (int64_t i = 0; i < m->layers; i++) {
         const Layer *l = layers + i;
         rms_norm(x, l->norm_1, normed, n, dim, m->eps);
-        product(gathered, (Linear){.p = &l->qkv, .x = normed, .y = qkv, .low = low, .most = most, .n = n, .choice = s->choice});
+        product(gathered, (Linear){.p = &l->qkv, .x = normed, .y = qkv, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice});
         each(gathered, n * m->kv_heads, attend, &(Attention){m, l, s, i, qkv, cos, sin, seen});
-        product(gathered, (Linear){.p = &l->o, .x = seen, .add = x, .y = x, .low = low, .most = most, .n = n, .choice = s->choice});
+        product(gathered, (Linear){.p = &l->o, .x = seen, .add = x, .y = x, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice});
         rms_norm(x, l->norm_2, normed, n, dim, m->eps);
-        product(gathered, (Linear){.p = &l->gate_up, .x = normed, .y = act, .low = low, .most = most, .n = n, .choice = s->choice, .gated = 1});
-        product(gathered, (Linear){.p = &l->down, .x = act, .add = x, .y = x, .low = low, .most = most, .n = n, .choice = s->choice});
+        product(gathered, (Linear){.p = &l->gate_up, .x = normed, .y = act, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice, .gated = 1});
+        product(gathered, (Linear){.p = &l->down, .x = act, .add = x, .y = x, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice});
     }
     dismiss(gathered);
     rms_norm(x, m->norm, s->hidden, n, dim, m->eps);
@@ -446,9 +524,13 @@ int decode_step(const Model *m, const Layer *layers, const Step *s) {
     return 0;
 }
 
-/* y (n, out) = x (n, in) W^T */
-void decode_product(const float *x, const float *w, float *y, int64_t n, int64_t in, int64_t out, int64_t threads) {
+/* y (n, out) = x (n, in) W^T; 0, or 1 where there is no memory for it. */
+int decode_product(const Product *p, const float *x, float *y, int64_t n, int64_t threads) {
+    float *memory = p->q ? malloc((4 + 2 * p->in) * n) : NULL;
+    if (p->q && !memory) return 1;
     int gathered = gather(threads);
-    product(gathered, (Linear){.p = &(Product){.w = w, .in = in, .out = out}, .x = x, .y = y, .n = n});
+    product(gathered, (Linear){.p = p, .x = x, .y = y, .n = n, .scales = memory, .q = (int16_t *)(memory + n)});
     dismiss(gathered);
+    free(memory);
+    return 0;
 }

@@ -79,15 +79,15 @@ class Engine:
     """Runs one model for many sequences at once.
 
     reuse_bytes: memory for keys and values of finished conversations, whose next turn then reads only what is new; 0 keeps
-    none, as it must be where adapters are trained.
+    none, as it must be where adapters are trained. int8: see `CausalModel.pack`.
     """
 
     def __init__(
         self, model: CausalModel, tokenizer: ChatTokenizer, *, max_sequences: int = 32, max_context: int | None = None,
-        max_queue: int = 256, reuse_bytes: int = 0,
+        max_queue: int = 256, reuse_bytes: int = 0, int8: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
-        model.pack()
+        model.pack(int8)
         self.max_context = min(max_context or model.max_context, model.max_context)
         self.scheduler = Scheduler(max_sequences, max_queue)
         self.stats = EngineStats()

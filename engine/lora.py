@@ -153,6 +153,7 @@ class LoraBank:
         self.active: Single | Mixture | None = None
         self.revision = 0  # grows whenever the set of adapters changes
         self.native = False  # whether decode steps are `engine/native.py`'s
+        self.mergeable = True  # whether an adapter may be added into the weights: not into 8 bits, which would round it away
         self.whole: Whole | None = None  # of the adapter that last had the model to itself: one more copy of the weights
 
     @property

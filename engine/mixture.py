@@ -34,7 +34,7 @@ class Whole:
 
     def __init__(self, adapter: Adapter, bank: LoraBank, patience: int = PATIENCE) -> None:
         self.adapter, self.patience, self.at_once, self.plain = adapter, patience, patience == 0, bank.native
-        self.left = [linear for linear in bank.linears if self.plain or linear.packed is not None]
+        self.left = [linear for linear in bank.linears if bank.mergeable and (self.plain or linear.packed is not None)]
         self.made: dict[LoraLinear, Tensor] = {}
 
     @torch.no_grad()

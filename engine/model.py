@@ -93,8 +93,12 @@ class CausalModel(nn.Module):
         found = ChatTokenizer.load(self.directory).tokens_with(SENTENCE_END, self.vocab_size)
         return torch.tensor(found, device=self.device)
 
-    def pack(self) -> None:
-        """Make inference faster on a CPU (`engine/packed.py`, for a second copy of the weights, and `engine/native.py`); results agree to rounding."""
+    def pack(self, int8: bool = False) -> None:
+        """Make inference faster on a CPU (`engine/packed.py`, for a second copy of the weights, and `engine/native.py`); results agree to rounding.
+
+        int8: decode with weights of 8 bits (prompts are read with those of 32): faster, and no longer quite the same model. Adapters stay as
+        they are. Raises ModelError where that cannot be had. The first call decides.
+        """
         if self.packed:
             return
         self.packed = True
@@ -102,8 +106,13 @@ class CausalModel(nn.Module):
             linear.packed = packed.pack(linear.weight)
         self.net.pack()
         if isinstance(self.net, decoder.Decoder):
-            self.decode = native.Decode.of(self.net)
-            self.lora.native = self.decode is not None
+            self.decode = native.Decode.of(self.net, int8)
+            self.lora.native, self.lora.mergeable = self.decode is not None, not int8
+        if int8 and self.decode is None:
+            raise ModelError(
+                "8-bit weights need a Llama, Mistral or Qwen model in float32 on a CPU, with layer sizes that are multiples of 32, and a C compiler when "
+                "Plaudit was installed (`plaudit doctor` tells): serve without int8"
+            )
 
     def new_cache(self, max_rows: int, max_length: int) -> KVCache:
         """An empty key-value cache of this model's shape."""

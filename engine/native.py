@@ -25,19 +25,21 @@ if TYPE_CHECKING:
     from engine.mixture import Mixture
 
 WIDTH = 8  # numbers at a time: what sizes must be multiples of
+LINEARS = ("qkv", "o", "gate_up", "down")  # of a block
+BLOCK = 32  # weights of 8 bits that share a scale
 log = logging.getLogger("plaudit.engine")
 
 
 class Product(Structure):
     """As in decode.c, like the three below."""
 
-    _fields_ = [*((name, c_void_p) for name in ("w", "bias", "a", "b", "ranks")), ("in_size", c_int64), ("out_size", c_int64)]
+    _fields_ = [*((name, c_void_p) for name in ("w", "bias", "q", "scales", "a", "b", "ranks")), ("in_size", c_int64), ("out_size", c_int64)]
 
 
 class Layer(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("norm_1", "q_norm", "k_norm", "norm_2")),
-        *((name, Product) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Product) for name in LINEARS),
     ]
 
 
@@ -67,28 +69,52 @@ def library() -> ctypes.CDLL | None:
             raise OSError("this processor has no AVX2")
         built = ctypes.CDLL(found.origin)
         built.decode_step.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Step)]
-        built.decode_product.argtypes = [c_void_p] * 3 + [c_int64] * 4
-        built.decode_product.restype = None
+        built.decode_product.argtypes = [POINTER(Product), c_void_p, c_void_p, c_int64, c_int64]
         x, w = torch.randn(5, 64), torch.randn(67, 64)
-        if not torch.allclose(product(built, x, w), x @ w.T, rtol=1e-4, atol=1e-4):
-            raise OSError("it gives wrong numbers here")
+        small = Int8(w)
+        for weight, meant in ((w, w), (small, small.meant())):
+            if not torch.allclose(product(built, x, weight), x @ meant.T, rtol=1e-3, atol=1e-3):
+                raise OSError("it gives wrong numbers here")
         return built
     except OSError as error:
         log.warning("no decode step in C, replies come more slowly: %s", error)
         return None
 
 
-def product(built: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
-    y = x.new_empty(len(x), len(weight))
-    built.decode_product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), *weight.T.shape, torch.get_num_threads())
+class Int8:
+    """A matrix in 8 bits: each BLOCK of a row is whole numbers of -127 to 127 times a scale of its own (llama.cpp's Q8_0, with scales in 32 bits)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: (out, in), in being a multiple of BLOCK."""
+        blocks = weight.detach().reshape(len(weight), -1, BLOCK)
+        self.scales = blocks.abs().amax(-1) / 127  # (out, in / BLOCK)
+        self.q = (blocks / self.scales.clamp(min=1e-38)[..., None]).round().to(torch.int8).view(weight.shape)
+
+    def meant(self) -> Tensor:
+        """(out, in) float32, what these numbers stand for."""
+        return (self.q.view(*self.scales.shape, BLOCK) * self.scales[..., None]).view(self.q.shape)
+
+
+def product(built: ctypes.CDLL, x: Tensor, weight: Tensor | Int8) -> Tensor:
+    """x (n, in) W^T -> (n, out). With W in 8 bits, x is put into 16, each row by itself, and the products add up exactly."""
+    w, small = (weight, None) if isinstance(weight, Tensor) else (weight.q, weight)
+    y, told = x.new_empty(len(x), len(w)), Product(in_size=w.shape[1], out_size=len(w))
+    if small is None:
+        told.w = w.data_ptr()
+    else:
+        told.q, told.scales = w.data_ptr(), small.scales.data_ptr()
+    if built.decode_product(byref(told), x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()):
+        raise MemoryError("no memory for a product")
     return y
 
 
 class Decode:
     """The decode steps of one decoder. `of` says whether there can be any."""
 
-    def __init__(self, net: Decoder, built: ctypes.CDLL) -> None:
+    def __init__(self, net: Decoder, built: ctypes.CDLL, int8: bool) -> None:
         self.net, self.built = net, built
+        self.small = {linear: Int8(linear.weight) for block in net.blocks for linear in (getattr(block, name) for name in LINEARS)} if int8 else {}
+        self.head = Int8(net.head) if int8 else net.head
         block = net.blocks[0]
         self.model = Model(
             len(net.blocks), net.embed.shape[1], block.heads, block.kv_heads, block.head_dim, net.eps,
@@ -97,13 +123,14 @@ class Decode:
         self.bare = self.layers(None)
 
     @classmethod
-    def of(cls, net: Decoder) -> Decode | None:
-        """For float32 on a CPU, with sizes of whole vectors."""
+    def of(cls, net: Decoder, int8: bool = False) -> Decode | None:
+        """For float32 on a CPU, with sizes of whole vectors. int8: decode with the base's weights in 8 bits."""
         block: Block = net.blocks[0]  # type: ignore[assignment]
         sizes = [block.head_dim, *block.qkv.weight.shape, *block.down.weight.shape]
-        right = net.embed.device.type == "cpu" and net.embed.dtype == torch.float32 and not any(n % WIDTH for n in sizes)
+        width = BLOCK if int8 else WIDTH
+        right = net.embed.device.type == "cpu" and net.embed.dtype == torch.float32 and not any(n % width for n in sizes)
         built = library() if right else None
-        return None if built is None else cls(net, built)
+        return None if built is None else cls(net, built, int8)
 
     def layers(self, mixture: Mixture | None) -> ctypes.Array[Layer]:
         """Where every layer's numbers lie, those of the mixture's adapters with them."""
@@ -112,7 +139,7 @@ class Decode:
             for name in ("norm_1", "q_norm", "k_norm", "norm_2"):
                 tensor = getattr(block, name)
                 setattr(row, name, None if tensor is None else tensor.data_ptr())
-            for name in ("qkv", "o", "gate_up", "down"):
+            for name in LINEARS:
                 setattr(row, name, self.product(getattr(block, name), mixture))
         return table
 
@@ -124,7 +151,9 @@ class Decode:
         if mixture is not None and whole is None and (stack := mixture.stacks.get(linear)) is not None:
             a, b, ranks = stack[0].data_ptr(), stack[1].data_ptr(), mixture.counts[stack[2]].data_ptr()
         out_size, in_size = linear.weight.shape
-        return Product(weight.data_ptr(), None if bias is None else bias.data_ptr(), a, b, ranks, in_size, out_size)
+        small = self.small.get(linear)
+        q, scales = (None, None) if small is None else (small.q.data_ptr(), small.scales.data_ptr())
+        return Product(weight.data_ptr(), None if bias is None else bias.data_ptr(), q, scales, a, b, ranks, in_size, out_size)
 
     def step(self, ids: Tensor, rows: Rows, mixture: Mixture | None) -> Tensor:
         """ids (n, 1), one for each row -> final-normed hidden states (n, 1, D); the rows are one token longer then."""
@@ -143,4 +172,4 @@ class Decode:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V)."""
-        return product(self.built, hidden.contiguous(), self.net.head)
+        return product(self.built, hidden.contiguous(), self.head)

@@ -76,9 +76,8 @@ class Stream:
 class EngineBridge:
     """Starts and owns the engine thread. All public methods are called on the event loop."""
 
-    def __init__(self, engine: Engine, *, on_start: Callable[[], None] | None = None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._on_start = on_start
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._stopping = False
@@ -178,8 +177,6 @@ class EngineBridge:
             log.warning("event_loop_gone")
 
     def _run(self) -> None:
-        if self._on_start is not None:
-            self._on_start()
         while True:
             with self._condition:
                 while not self._commands and not self._stopping and not self._engine.has_work():

@@ -7,18 +7,17 @@ supervisor knows of its process. Does not start or stop anything: the learner re
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from server.access import Operator, User, runtime_of
+from server.cores import BUSY, alive
 from server.errors import ApiError
 from server.runtime import Runtime
 
 router = APIRouter()
-STATES = ("idle", "finetuning", "training_reward", "ppo", "gating", "paused", "degraded")
-STALE_S = 60.0  # a heartbeat older than this is from a learner that is gone or stuck
+STATES = ("idle", *BUSY, "paused", "degraded")
 
 
 async def learner_view(runtime: Runtime) -> dict[str, Any]:
@@ -29,7 +28,7 @@ async def learner_view(runtime: Runtime) -> dict[str, Any]:
     state, reason = _state(runtime, beat, control.paused)
     last = runtime.deployment.last_round or {}
     verdict = (last.get("gate") or {}).get("verdict") or last.get("state")
-    busy = state in ("finetuning", "training_reward", "ppo", "gating")
+    busy = state in BUSY
     return {
         "state": state,
         "reason": reason,
@@ -46,7 +45,7 @@ async def learner_view(runtime: Runtime) -> dict[str, Any]:
 
 def _state(runtime: Runtime, beat: dict[str, Any], paused: bool) -> tuple[str, str | None]:
     said = beat.get("state") if beat.get("state") in STATES else "idle"
-    fresh = beat.get("state") != "stopped" and time.time() - float(beat.get("time") or 0.0) < STALE_S
+    fresh = alive(beat)
     supervisor = runtime.supervisor
     if supervisor is not None and supervisor.degraded:
         return "degraded", supervisor.reason

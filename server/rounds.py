@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 
 from server.access import Operator, runtime_of
+from server.cores import BUSY
 from server.errors import ApiError
 from server.runtime import Runtime
 
 router = APIRouter()
-BUSY = ("finetuning", "training_reward", "ppo", "gating")
 
 
 @router.get("/v1/rounds")

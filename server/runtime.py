@@ -25,6 +25,7 @@ from server.auth import Keyring, VoterHash, check_bind
 from server.ballots import Ballots
 from server.bridge import EngineBridge
 from server.candidates import Candidates
+from server.cores import Cores
 from server.deployment import Deployment
 from server.errors import StartupError
 from server.metrics import Metrics
@@ -52,9 +53,9 @@ class Runtime:
         self.registry = AdapterRegistry(settings.data_dir / "adapters")
         self.rounds = RoundFiles(settings.data_dir / "rounds")
         engine = Engine(model, tokenizer, max_sequences=settings.max_sequences, max_context=self.max_context,
-                        max_queue=settings.max_queue, reuse_bytes=settings.reuse_mb << 20)
-        threads = settings.threads
-        self.bridge = EngineBridge(engine, on_start=(lambda: torch.set_num_threads(threads)) if threads else None)
+                        max_queue=settings.max_queue, reuse_bytes=settings.reuse_mb << 20, int8=settings.int8)
+        self.bridge = EngineBridge(engine)
+        self.cores = Cores(self.bridge, self.rounds, settings.threads, settings.learner_threads)
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self.ballots = Ballots(store, self.db)
         self.deployment = Deployment(
@@ -107,6 +108,7 @@ class Runtime:
     async def start(self) -> None:
         """Start the engine, take in what is there, start the learner."""
         self.bridge.start()
+        await self.cores.start()
         await self.deployment.start()
         if self.supervisor is not None:
             await self.supervisor.start()
@@ -126,6 +128,7 @@ class Runtime:
         if self.supervisor is not None:
             await self.supervisor.stop()
         await self.deployment.stop()
+        await self.cores.stop()
         await self.bridge.stop()
         await self.db(self.store.close)
         self._database.shutdown()

@@ -13,7 +13,7 @@ from engine import native
 from engine.cache import Rows
 from engine.decoder import Decoder
 from engine.mixture import Mixture
-from engine.model import CausalModel
+from engine.model import CausalModel, ModelError
 from tests.tiny import tiny_model_dir
 
 LENGTHS, IDS = [3, 17, 17, 30, 0, 8, 31], [5, 6, 7, 300, 5, 9, 11]
@@ -126,6 +126,60 @@ def test_scores_far_apart_and_far_from_nought(model: CausalModel) -> None:
     ours, theirs = (step(model, range(len(IDS)), None, by_torch=by_torch)[0] for by_torch in (False, True))
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
+def test_a_product_with_8_bits_is_that_of_what_they_stand_for(rows: int, threads: None) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, 96), torch.randn(67, 96) * torch.logspace(-3, 1, 67)[:, None]
+    x[0] *= 1e4  # its scale is its own: no other row loses by it
+    x[:, 5] *= 30
+    w[3, :32] = 0
+    small, built = native.Int8(w), native.library()
+    assert built is not None
+    assert (small.meant() - w).abs().max() <= w.abs().max() / 254 * 1.001
+    got, meant = native.product(built, x, small), x @ small.meant().T
+    for i in range(rows):
+        torch.testing.assert_close(got[i], meant[i], rtol=1e-3, atol=float(5e-3 * meant[i].abs().mean()))
+        assert torch.equal(got[i : i + 1], native.product(built, x[i : i + 1], small))
+
+
+def test_what_is_not_a_number_stays_in_its_row_with_8_bits() -> None:
+    small, built = native.Int8(torch.randn(64, 32)), native.library()
+    assert built is not None
+    x = torch.randn(5, 32)
+    whole = native.product(built, x, small)
+    x[1, 7], x[3, 0], x[4] = float("nan"), float("inf"), 0
+    got = native.product(built, x, small)
+    assert got[[1, 3]].isnan().all() and torch.equal(got[[0, 2]], whole[[0, 2]]) and not got[4].any()
+
+
+def test_a_model_in_8_bits_decodes_as_one_with_those_weights(tmp_path: Path) -> None:
+    """Against torch on the weights that the 8 bits stand for; adapters stay as they are, also alone and for long."""
+    directory = tmp_path / "model"
+    tiny_model_dir(directory, hidden=128)
+    models = [CausalModel.load(directory) for _ in range(2)]
+    for model in models:
+        for name in ("a", "b", "c"):
+            model.lora.create(name, seed=ord(name), trainable=False)
+            for p in model.lora.parameters(name).values():
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(ord(name))) * 0.2)
+    models[0].pack(int8=True)
+    assert models[0].decode is not None
+    for linear in models[1].lora.linears:
+        linear.weight.data = native.Int8(linear.weight).meant()
+    models[1].pack()
+    for names in ((), ("b",), ("a", "b", "c")):
+        ours, theirs = (m.lora.mixture(names) if names else None for m in models)
+        meant = step(models[1], range(len(IDS)), theirs, by_torch=True)[0]
+        for _ in range(60 if len(names) == 1 else 1):
+            got = step(models[0], range(len(IDS)), ours)[0]
+        torch.testing.assert_close(got, meant, rtol=1e-2, atol=2e-3)
+        assert ours is None or not ours.whole
+    hidden = torch.randn(4, 128)
+    torch.testing.assert_close(models[0].next_logits(hidden), hidden @ native.Int8(models[0].net.head).meant().T, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ModelError, match="serve without int8"):
+        CausalModel.load(tiny_model_dir(tmp_path / "odd", hidden=64)).pack(int8=True)  # heads of 16
 
 
 def test_where_it_cannot_be_used(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

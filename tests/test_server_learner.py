@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from server.cores import Cores
 from server.supervisor import Backoff, learner_command
+from store.rounds import RoundFiles
 from tests.serving import ask, served, settings_for
 
 BEATS = """
@@ -20,6 +24,37 @@ while True:
     files.heartbeat(state="ppo", round=4, progress=0.5)
     time.sleep(0.1)
 """
+
+
+def test_the_engine_leaves_the_learner_its_threads_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bridge:
+        async def call(self, function: Callable[[None], None]) -> None:
+            function(None)
+
+    told: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", told.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("server.cores.POLL_S", 0.01)
+    files = RoundFiles(tmp_path)
+
+    async def course(most: int) -> list[int]:
+        told.clear()
+        cores = Cores(Bridge(), files, most, learner=1)  # type: ignore[arg-type]
+        files.heartbeat(state="idle")
+        await cores.start()
+        for state in ("ppo", "gating", "idle", "ppo", "stopped"):
+            files.heartbeat(state=state)
+            await asyncio.sleep(0.1)
+        files.heartbeat(state="ppo")
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr("server.cores.STALE_S", -1.0)  # that learner was killed a while ago
+        await asyncio.sleep(0.1)
+        await cores.stop()
+        monkeypatch.setattr("server.cores.STALE_S", 60.0)
+        return list(told)
+
+    assert asyncio.run(course(4)) == [4, 3, 4, 3, 4, 3, 4]
+    assert asyncio.run(course(2)) == [2]  # there is room for both
 
 
 def test_a_crashing_learner_degrades_learning_but_not_serving(tiny_llama: Path, tmp_path: Path) -> None:

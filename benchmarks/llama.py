@@ -1,0 +1,130 @@
+"""Text generation against llama.cpp, on the same weights, in the same run.
+
+    make peers, then python -m benchmarks.llama [--models S M] [--quick] [--threads N] [--repeats N]
+
+Random Llamas in the shapes of `benchmarks/engine.py`; prompts of 256 tokens (160 to 256 where people come), 64 new ones. Loads: one prompt
+with K = 4 replies, its first tokens alone, and 8 and 32 people at once. Contestants in processes of their own take turns: our engine and
+llama.cpp, each in float32, and each with weights of 8 bits. llama.cpp is told what it likes: K replies share a prompt's cells, people have
+cells of their own, every step decodes all. First both sides answer a prompt greedily in float32, which must be the same tokens.
+Medians; JSON last; exit status 1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contest import Contestant, ContestError, Finished, Turns, peer_python
+from benchmarks.engine import NEW, PROMPT, REPLIES, SHAPES
+
+TARGETS = {("S", "K=4"): 1.0, ("M", "K=4"): 0.9, **{(m, f"{n} people"): 1.5 for m in SHAPES for n in (8, 32)}}  # of llama.cpp's tokens a second
+KINDS = ("f32", "q8")
+
+
+def loads(vocab: int, new: int) -> dict[str, dict[str, Any]]:
+    """What is asked for, by name."""
+    draw = random.Random(1)
+
+    def prompt(length: int) -> list[int]:
+        return [draw.randrange(2, vocab) for _ in range(length)]
+
+    one = [prompt(PROMPT)]
+    asked = {"K=4": {"prompts": one, "replies": REPLIES, "new": new}, "K=4, first token": {"prompts": one, "replies": REPLIES, "new": 1}}
+    for people in (8, 32):
+        asked[f"{people} people"] = {"prompts": [prompt(160 + 96 * i // (people - 1)) for i in range(people)], "replies": 1, "new": new}
+    return asked
+
+
+def measure(peer: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All figures of one model, printed as they come. Raises ContestError."""
+    from benchmarks.engine import random_model
+
+    rows = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-bench-")))
+        directory = random_model(folder / "model", SHAPES[name])
+        commands: dict[str, list[str | Path]] = {}
+        for kind in KINDS:
+            commands[f"ours {kind}"] = [sys.executable, "-m", "benchmarks.llama", "--ours", directory, kind]
+            commands[f"llama.cpp {kind}"] = [peer, "-m", "benchmarks.peer.llama", directory, folder, kind]
+        sides = {n: stack.enter_context(Contestant(n, c, folder / f"{n}.log", threads=args.threads)) for n, c in commands.items()}
+        asked = loads(SHAPES[name]["vocab_size"], 16 if args.quick else NEW)
+        greedy = {n: side.turn(**asked["K=4"] | {"replies": 1, "greedy": True})["tokens"] for n, side in sides.items()}
+        if greedy["ours f32"] != greedy["llama.cpp f32"]:
+            raise ContestError(f"{name}: the greedy replies differ, so this is not the same work")
+        for load, request in asked.items():
+            turns: dict[str, list[float]] = {n: [] for n in sides}
+            for number in range(args.repeats + 1):
+                for n, side in sides.items():
+                    seconds = side.turn(**request, greedy=False)["seconds"]
+                    turns[n] += [seconds] if number else []
+            tokens = len(request["prompts"]) * request["replies"] * request["new"]
+            speed = {n: tokens / sorted(t)[len(t) // 2] for n, t in turns.items()}
+            for kind in KINDS:
+                ratio, target = speed[f"ours {kind}"] / speed[f"llama.cpp {kind}"], TARGETS.get((name, load))
+                print(f"{name} {load:17} {kind}  ours {speed[f'ours {kind}']:8.1f} tok/s   llama.cpp {speed[f'llama.cpp {kind}']:8.1f}   {ratio:5.2f}x"
+                      f"{f' (target {target:g})' if target else ''}", flush=True)  # fmt: skip
+                rows.append({"model": name, "load": load, "kind": kind, "ratio": round(ratio, 3), "target": target, "met": target is None or ratio >= target,
+                             "tokens_per_s": {who: round(speed[f"{who} {kind}"], 1) for who in ("ours", "llama.cpp")}})  # fmt: skip
+    return rows
+
+
+def contend(directory: Path, kind: str) -> None:
+    """Be our contestant."""
+    turns = Turns()
+
+    import torch
+
+    from engine.engine import Engine, SamplingParams
+    from engine.model import CausalModel
+    from engine.tokenizer import ChatTokenizer
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model = CausalModel.load(directory)
+    engine = Engine(model, ChatTokenizer.load(directory), max_sequences=32, int8=kind == "q8")
+    with contextlib.suppress(Finished):
+        while True:
+            asked = turns.wait()
+            params = [SamplingParams(max_tokens=asked["new"], seed=i, temperature=float(not asked["greedy"]), ignore_eos=True) for i in range(asked["replies"])]
+            replies = [s for prompt in asked["prompts"] for s in engine.add(prompt, params, ["base"] * len(params))]
+            while engine.has_work():
+                engine.step()
+            turns.say(tokens=[s.token_ids for s in replies] if asked["greedy"] else None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--quick", action="store_true", help="16 new tokens, one repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--peers-python", type=Path, help="the interpreter with llama-cpp-python; default: what `make peers` built")
+    parser.add_argument("--ours", nargs=2, metavar=("DIR", "KIND"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ours:
+        contend(Path(args.ours[0]), args.ours[1])
+        return 0
+    args.repeats = 1 if args.quick else args.repeats
+    rows = []
+    try:
+        peer = peer_python(args.peers_python)
+        print(f"prompt {PROMPT}, {16 if args.quick else NEW} new tokens, {args.threads} threads")
+        for name in args.models:
+            rows += measure(peer, name, args)
+    except ContestError as error:
+        print(error, file=sys.stderr)
+        return 1
+    met = all(row["met"] for row in rows)
+    print(json.dumps({"benchmark": "llama", "threads": args.threads, "repeats": args.repeats, "met": met, "rows": rows}))
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
