@@ -6,7 +6,8 @@ Random Llamas in the shapes of `benchmarks/engine.py`; prompts of 256 tokens (16
 with K = 4 replies, its first tokens alone, and 8 and 32 people at once. Contestants in processes of their own take turns: our engine and
 llama.cpp, each in float32, and each with weights of 8 bits. llama.cpp is told what it likes: K replies share a prompt's cells, people have
 cells of their own, every step decodes all. First both sides answer a prompt greedily in float32, which must be the same tokens.
-Medians; JSON last; exit status 1 when a target is missed.
+What 8 bits cost in quality is measured on the bundled starter: its float32 replies to held-out prompts, decoded again token by token
+with 8 bits; KL of the next token and how often the likeliest one is the same. Medians; JSON last; exit status 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -76,6 +77,41 @@ def measure(peer: Path, name: str, args: argparse.Namespace) -> list[dict[str, A
     return rows
 
 
+def quality(prompts: int) -> dict[str, float]:
+    """What 8 bits change on the starter: nats a token and share of tokens, over its own replies."""
+    import torch
+
+    from benchmarks.engine import STARTER
+    from engine.cache import Prompt, Rows
+    from engine.engine import Engine, SamplingParams
+    from engine.model import CausalModel
+    from engine.tokenizer import ChatTokenizer
+    from learner.prompts import prompts_from
+
+    tokenizer, exact, small = ChatTokenizer.load(STARTER), CausalModel.load(STARTER), CausalModel.load(STARTER)
+    asked = [tokenizer.render([{"role": "user", "content": p}]) for p in prompts_from(held_out=True)[:prompts]]
+    engine = Engine(exact, tokenizer)
+    replies = engine.generate(asked, [SamplingParams(max_tokens=128, seed=i) for i in range(prompts)])
+    small.pack(int8=True)
+    divergence, same, surprise = [], [], []
+    with torch.inference_mode():
+        for reply in replies:
+            ids, start = reply.prompt_ids + reply.token_ids, len(reply.prompt_ids)
+            meant = exact.logits(exact(torch.tensor([ids[:-1]]))[0, start - 1 :]).log_softmax(-1)  # (T, V)
+            cache = small.new_cache(1, len(ids))
+            said = [small(torch.tensor([ids[:start]]), cache=Prompt(cache, 0, 0, start))[:, -1]]
+            said += [small(torch.tensor([[t]]), cache=Rows(cache, [start + i]))[:, -1] for i, t in enumerate(ids[start:-1])]
+            got = small.next_logits(torch.cat(said)).log_softmax(-1)
+            divergence += (meant.exp() * (meant - got)).sum(-1).tolist()
+            same += (meant.argmax(-1) == got.argmax(-1)).tolist()
+            surprise += (meant - got).gather(-1, torch.tensor(ids[start:])[:, None])[:, 0].tolist()
+    count = len(divergence)
+    found = {"tokens": count, "kl_mean": sum(divergence) / count, "kl_max": max(divergence), "same_likeliest": sum(same) / count, "nll_rise": sum(surprise) / count}
+    print(f"8 bits on the starter, {count} tokens of {prompts} replies: KL {found['kl_mean']:.2g} nats a token (at most {found['kl_max']:.2g}), the likeliest "
+          f"token the same in {found['same_likeliest']:.2%}, negative log-likelihood up by {found['nll_rise']:.2g} nats a token", flush=True)  # fmt: skip
+    return found
+
+
 def contend(directory: Path, kind: str) -> None:
     """Be our contestant."""
     turns = Turns()
@@ -116,13 +152,14 @@ def main() -> int:
     try:
         peer = peer_python(args.peers_python)
         print(f"prompt {PROMPT}, {16 if args.quick else NEW} new tokens, {args.threads} threads")
+        cost = quality(20 if args.quick else 100)
         for name in args.models:
             rows += measure(peer, name, args)
     except ContestError as error:
         print(error, file=sys.stderr)
         return 1
     met = all(row["met"] for row in rows)
-    print(json.dumps({"benchmark": "llama", "threads": args.threads, "repeats": args.repeats, "met": met, "rows": rows}))
+    print(json.dumps({"benchmark": "llama", "threads": args.threads, "repeats": args.repeats, "met": met, "int8": cost, "rows": rows}))
     return 0 if met else 1
 
 

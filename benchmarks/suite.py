@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PLAN: tuple[tuple[str, ...], ...] = (  # module, arguments: the engine, the server, the learner, what is learned
     ("engine", "--repeats", "1"),
+    ("llama", "--models", "S", "--repeats", "1"),
     ("load", "--quick"),
     ("reuse", "--quick"),
     ("adapters", "--quick"),

@@ -74,12 +74,20 @@ class Prompt:
     def __init__(self, cache: KVCache, row: int, start: int, count: int) -> None:
         cache.reserve(row + 1, start + count)
         self.cache, self.row, self.start, self.end = cache, row, start, start + count
-        device = cache.keys.device
-        self.positions = torch.arange(start, self.end, device=device)[None]  # (1, T)
-        self.mask = None  # None: plain causal
-        if start:
-            ok = torch.arange(self.end, device=device) <= self.positions[0, :, None]  # (T, S)
-            self.mask = additive(ok, cache.keys.dtype)[None, None]  # (1, 1, T, S)
+        self.positions = torch.arange(start, self.end, device=cache.keys.device)[None]  # (1, T)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(T,): the row of each token."""
+        return torch.full_like(self.positions[0], self.row)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(1, 1, T, S); None where plain causal attention is the same."""
+        if not self.start:
+            return None
+        ok = torch.arange(self.end, device=self.positions.device) <= self.positions[0, :, None]  # (T, S)
+        return additive(ok, self.cache.keys.dtype)[None, None]
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (1, kv_heads, T, head_dim); return those to attend to (1, kv_heads, S, head_dim)."""
@@ -96,12 +104,17 @@ class Pack:
         cache.reserve(max(rows) + 1, max(lengths))
         self.cache, self.end = cache, sum(lengths)
         places = [(row, at) for row, length in zip(rows, lengths, strict=True) for at in range(length)]
-        self.rows, self.at = onto(cache.keys.device, places, torch.long).T  # (T,)
+        self.rows, self.at = onto(cache.keys.device, places, torch.long).T.contiguous()  # (T,)
         self.positions = self.at[None]  # (1, T)
-        self.mask = None  # None: plain causal
-        if len(rows) > 1:
-            ok = (self.rows == self.rows[:, None]) & (self.at <= self.at[:, None])  # (T, T)
-            self.mask = additive(ok, cache.keys.dtype)[None, None]  # (1, 1, T, T)
+        self.several = len(rows) > 1
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(1, 1, T, T); None where plain causal attention is the same."""
+        if not self.several:
+            return None
+        ok = (self.rows == self.rows[:, None]) & (self.at <= self.at[:, None])  # (T, T)
+        return additive(ok, self.cache.keys.dtype)[None, None]
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (1, kv_heads, T, head_dim), which are also what is attended to."""

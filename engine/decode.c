@@ -1,7 +1,7 @@
-/* One decode step of a Llama-type decoder on a CPU, float32: the next hidden state of n rows, each with its own adapter.
+/* A pass of a Llama-type decoder over n tokens on a CPU, float32: the newest tokens of many replies, each with its own adapter, or a prompt.
  *
  * torch needs some hundred operations for it, told one by one, which for a small model take longer than the arithmetic. What
- * a row gets does not depend on the other rows, nor on the number of threads: every sum is added up in one order. Called by
+ * a token gets does not depend on the others beside it, nor on the number of threads: every sum is added up in one order. Called by
  * `engine/native.py`, which owns the memory and says what each thing is; weights stay where and as torch has them.
  */
 #define _GNU_SOURCE
@@ -55,11 +55,11 @@ typedef struct {
 
 typedef struct {
     int64_t n, threads;
-    const int64_t *ids, *lengths; /* (n): newest token, tokens cached before it */
-    const int32_t *choice;        /* (n): which adapter, -1 for none; or none for no adapters at all */
-    float *keys, *values;         /* of the first row; each (kv_heads, length, head_dim) */
+    const int64_t *ids, *rows, *at; /* (n): the token, which row of the cache it is in, and where there: those before it are there, or among these n */
+    const int32_t *choice;          /* (n): which adapter, -1 for none; or none for no adapters at all */
+    float *keys, *values;           /* (layers, rows, kv_heads, length, head_dim) */
     int64_t by_layer, by_row, by_head; /* strides in numbers */
-    float *hidden;                /* (n, dim), the result */
+    float *hidden;                  /* (n, dim), the result */
 } Step;
 
 /* -- Threads: the caller takes chunks of a phase itself, and those that wake in time take some. ------------------------------------- */
@@ -432,28 +432,39 @@ INLINE void weigh(const float *p, const float *v, int64_t count, int64_t d, int 
     for (int i = 0; i < wide; i++) store(y + 8 * i, s[i] * scale);
 }
 
-/* One key-value head of one row: keep its key and value, and let its queries attend. */
+INLINE float *cached(float *all, const Attention *a, int64_t token, int64_t head) {
+    return all + a->index * a->s->by_layer + a->s->rows[token] * a->s->by_row + head * a->s->by_head;
+}
+
+/* One key-value head of one token: into the cache. */
+static void keep(const void *what, int64_t chunk) {
+    const Attention *a = what;
+    const Model *m = a->m;
+    int64_t d = m->head_dim, token = chunk / m->kv_heads, head = chunk % m->kv_heads, at = a->s->at[token] * d;
+    float *k = a->qkv + (token * (m->heads + 2 * m->kv_heads) + m->heads + head) * d;
+    place(k, a->layer->k_norm, a->cos + token * d, a->sin + token * d, d, m->eps);
+    memcpy(cached(a->s->keys, a, token, head) + at, k, 4 * d);
+    memcpy(cached(a->s->values, a, token, head) + at, k + m->kv_heads * d, 4 * d);
+}
+
+/* The queries of one token that share a key-value head. */
 static void attend(const void *what, int64_t chunk) {
     const Attention *a = what;
     const Model *m = a->m;
     static _Thread_local float *scores;
     static _Thread_local int64_t room;
-    int64_t d = m->head_dim, group = m->heads / m->kv_heads, row = chunk / m->kv_heads, head = chunk % m->kv_heads;
-    int64_t at = a->s->lengths[row], count = at + 1;
-    float *qkv = a->qkv + row * (m->heads + 2 * m->kv_heads) * d, *k = qkv + (m->heads + head) * d, *v = k + m->kv_heads * d;
-    const float *cos = a->cos + row * d, *sin = a->sin + row * d;
-    int64_t start = a->index * a->s->by_layer + row * a->s->by_row + head * a->s->by_head;
-    float *keys = a->s->keys + start, *values = a->s->values + start;
-    place(k, a->layer->k_norm, cos, sin, d, m->eps);
-    memcpy(keys + at * d, k, 4 * d);
-    memcpy(values + at * d, v, 4 * d);
+    int64_t d = m->head_dim, group = m->heads / m->kv_heads, token = chunk / m->kv_heads, head = chunk % m->kv_heads;
+    int64_t at = a->s->at[token], count = at + 1;
+    float *qkv = a->qkv + token * (m->heads + 2 * m->kv_heads) * d;
+    const float *cos = a->cos + token * d, *sin = a->sin + token * d;
+    const float *keys = cached(a->s->keys, a, token, head), *values = cached(a->s->values, a, token, head);
     if (room < count + 8) {
         free(scores);
         room = 2 * count + 8;
         if (!(scores = malloc(4 * room))) abort();
     }
     for (int64_t g = 0; g < group; g++) {
-        float *q = qkv + (head * group + g) * d, *y = a->seen + (row * m->heads + head * group + g) * d;
+        float *q = qkv + (head * group + g) * d, *y = a->seen + (token * m->heads + head * group + g) * d;
         place(q, a->layer->q_norm, cos, sin, d, m->eps);
         float scale = 1.0f / sqrtf(d);
         v8 top = all(-INFINITY), total = all(0);
@@ -503,7 +514,7 @@ int decode_step(const Model *m, const Layer *layers, const Step *s) {
     for (int64_t j = 0; j < n; j++) {
         memcpy(x + j * dim, m->embed + s->ids[j] * dim, 4 * dim);
         for (int64_t i = 0; i < d; i++) {
-            float angle = (float)s->lengths[j] * m->inv_freq[i];
+            float angle = (float)s->at[j] * m->inv_freq[i];
             cos[j * d + i] = cosf(angle), sin[j * d + i] = sinf(angle);
         }
     }
@@ -512,7 +523,9 @@ int decode_step(const Model *m, const Layer *layers, const Step *s) {
         const Layer *l = layers + i;
         rms_norm(x, l->norm_1, normed, n, dim, m->eps);
         product(gathered, (Linear){.p = &l->qkv, .x = normed, .y = qkv, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice});
-        each(gathered, n * m->kv_heads, attend, &(Attention){m, l, s, i, qkv, cos, sin, seen});
+        Attention attention = {m, l, s, i, qkv, cos, sin, seen};
+        each(gathered, n * m->kv_heads, keep, &attention);
+        each(gathered, n * m->kv_heads, attend, &attention);
         product(gathered, (Linear){.p = &l->o, .x = seen, .add = x, .y = x, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice});
         rms_norm(x, l->norm_2, normed, n, dim, m->eps);
         product(gathered, (Linear){.p = &l->gate_up, .x = normed, .y = act, .low = low, .most = most, .q = q, .scales = scales, .n = n, .choice = s->choice, .gated = 1});

@@ -94,20 +94,20 @@ class CausalModel(nn.Module):
         return torch.tensor(found, device=self.device)
 
     def pack(self, int8: bool = False) -> None:
-        """Make inference faster on a CPU (`engine/packed.py`, for a second copy of the weights, and `engine/native.py`); results agree to rounding.
+        """Make inference faster on a CPU: `engine/native.py`, or where it cannot be, `engine/packed.py`. Results agree to rounding.
 
-        int8: decode with weights of 8 bits (prompts are read with those of 32): faster, and no longer quite the same model. Adapters stay as
-        they are. Raises ModelError where that cannot be had. The first call decides.
+        int8: with weights of 8 bits: faster where reading them takes the time, and no longer quite the same model. Adapters stay as they are. Raises ModelError where that cannot be had. The first call decides.
         """
         if self.packed:
             return
         self.packed = True
-        for linear in self.lora.linears:
-            linear.packed = packed.pack(linear.weight)
-        self.net.pack()
         if isinstance(self.net, decoder.Decoder):
             self.decode = native.Decode.of(self.net, int8)
             self.lora.native, self.lora.mergeable = self.decode is not None, not int8
+        if self.decode is None:
+            for linear in self.lora.linears:
+                linear.packed = packed.pack(linear.weight)
+            self.net.pack()
         if int8 and self.decode is None:
             raise ModelError(
                 "8-bit weights need a Llama, Mistral or Qwen model in float32 on a CPU, with layer sizes that are multiples of 32, and a C compiler when "
@@ -134,7 +134,7 @@ class CausalModel(nn.Module):
         if cache is not None:
             if valid is not None or attend is not None or positions is not None:
                 raise ValueError("a cache brings its own positions and mask")
-            if self.decode is not None and isinstance(cache, Rows) and not torch.is_grad_enabled() and not isinstance(adapter, str):
+            if self.decode is not None and not isinstance(cache, Slots) and not torch.is_grad_enabled() and not isinstance(adapter, str):
                 return self.decode.step(ids, cache, adapter)
             positions, mask = cache.positions, cache.mask
         else:

@@ -1,6 +1,6 @@
-"""A decode step in one call on a CPU: what `engine/decode.c` is told, and when it is there to be used.
+"""A pass over new tokens in one call on a CPU, replies' or a prompt's: what `engine/decode.c` is told, and when it is there to be used.
 
-torch's operations are told one by one, and a small model's step is over a hundred of them. Owns the addresses that are handed over
+torch's operations are told one by one, and a small model's pass is over a hundred of them. Owns the addresses that are handed over
 and the check that what was built gives the right numbers; the arithmetic is the C file's, the same as `engine/decoder.py`'s to rounding.
 It is built with the package where there is a C compiler; without it torch's operations are used, and a line in the log says so.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from engine.cache import Rows
+    from engine.cache import Pack, Prompt, Rows
     from engine.decoder import Block, Decoder
     from engine.lora import LoraLinear
     from engine.mixture import Mixture
@@ -53,7 +53,7 @@ class Model(Structure):
 class Step(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("n", "threads")),
-        *((name, c_void_p) for name in ("ids", "lengths", "choice", "keys", "values")),
+        *((name, c_void_p) for name in ("ids", "rows", "at", "choice", "keys", "values")),
         *((name, c_int64) for name in ("by_layer", "by_row", "by_head")), ("hidden", c_void_p),
     ]  # fmt: skip
 
@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL | None:
                 raise OSError("it gives wrong numbers here")
         return built
     except OSError as error:
-        log.warning("no decode step in C, replies come more slowly: %s", error)
+        log.warning("no decoding in C, replies come more slowly: %s", error)
         return None
 
 
@@ -109,7 +109,7 @@ def product(built: ctypes.CDLL, x: Tensor, weight: Tensor | Int8) -> Tensor:
 
 
 class Decode:
-    """The decode steps of one decoder. `of` says whether there can be any."""
+    """The passes of one decoder. `of` says whether there can be any."""
 
     def __init__(self, net: Decoder, built: ctypes.CDLL, int8: bool) -> None:
         self.net, self.built = net, built
@@ -155,19 +155,21 @@ class Decode:
         q, scales = (None, None) if small is None else (small.q.data_ptr(), small.scales.data_ptr())
         return Product(weight.data_ptr(), None if bias is None else bias.data_ptr(), q, scales, a, b, ranks, in_size, out_size)
 
-    def step(self, ids: Tensor, rows: Rows, mixture: Mixture | None) -> Tensor:
-        """ids (n, 1), one for each row -> final-normed hidden states (n, 1, D); the rows are one token longer then."""
-        keys, values = rows.cache.keys[:, rows.first :], rows.cache.values[:, rows.first :]
-        hidden = self.net.embed.new_empty(len(ids), 1, self.model.dim)
+    def step(self, ids: Tensor, stretch: Rows | Prompt | Pack, mixture: Mixture | None) -> Tensor:
+        """ids (B, T), what a stretch of the cache is extended by -> final-normed hidden states (B, T, D)."""
+        keys, values, count = stretch.cache.keys, stretch.cache.values, ids.numel()
+        hidden = self.net.embed.new_empty(*ids.shape, self.model.dim)
         by_layer, by_row, by_head, _, _ = keys.stride()
-        choice = None if mixture is None or mixture.choice is None else mixture.choice.data_ptr()
+        choice = None if mixture is None or mixture.choice is None else mixture.choice
+        if choice is not None and len(choice) < count:
+            choice = choice.repeat_interleave(count // len(choice))
         told = Step(
-            len(ids), torch.get_num_threads(), ids.data_ptr(), rows.at.data_ptr(), choice, keys.data_ptr(), values.data_ptr(),
-            by_layer, by_row, by_head, hidden.data_ptr(),
+            count, torch.get_num_threads(), ids.data_ptr(), stretch.rows.data_ptr(), stretch.positions.data_ptr(),
+            None if choice is None else choice.data_ptr(), keys.data_ptr(), values.data_ptr(), by_layer, by_row, by_head, hidden.data_ptr(),
         )  # fmt: skip
         table = self.bare if mixture is None else mixture.table(self)
         if self.built.decode_step(byref(self.model), table, byref(told)):
-            raise MemoryError(f"no memory for a step of {len(ids)} replies: lower max_sequences")
+            raise MemoryError(f"no memory for a step of {count} tokens: lower max_sequences")
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A faster product for inference on CPUs: weights copied once into the layout that oneDNN's kernels want.
 
-torch's default for float32 is MKL on plain weights, which wastes half or more of the time when a batch has few rows, as
+For where `engine/native.py` cannot be: no C compiler, another architecture. torch's default for float32 is MKL on plain weights, which wastes half or more of the time when a batch has few rows, as
 in decoding (measured on an AMD EPYC core, 576 x 49152, 4 rows: 17.9 ms plain, 6.4 ms packed; 8 rows 19.5 and 8.1).
 Costs a second copy of the weights. Owns nothing else; where oneDNN is absent there is simply no packing.
 """

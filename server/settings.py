@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights' type; auto is bfloat16 on CUDA and float32 on CPU")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto is CUDA where there is one")
-    int8: bool = Field(False, description="on a CPU, write replies with weights of 8 bits: faster with larger models, and no longer quite the same model")
+    int8: bool = Field(False, description="on a CPU, weights of 8 bits: faster with larger models, and no longer quite the same model")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 leaves the choice to torch")
     max_sequences: int = Field(32, ge=1, le=1024, description="replies decoded side by side")
     max_context: int | None = Field(None, ge=16, description="tokens of prompt and reply; default the model's own")

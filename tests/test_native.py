@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.llama import quality
 from engine import native
-from engine.cache import Rows
+from engine.cache import KVCache, Pack, Prompt, Rows
 from engine.decoder import Decoder
 from engine.mixture import Mixture
 from engine.model import CausalModel, ModelError
@@ -86,6 +87,33 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(model: CausalModel) -
         torch.set_num_threads(before)
 
 
+@torch.inference_mode()
+def read(model: CausalModel, stretches: list[tuple[list[int], Callable[[KVCache], Prompt | Rows | Pack]]], mixture: Mixture | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of all tokens (T, D), and keys and values of rows 1 and 2 afterwards."""
+    cache = model.new_cache(4, 64)
+    hidden = [model(torch.tensor(ids if isinstance(ids[0], list) else [ids]), adapter=mixture, cache=made(cache)) for ids, made in stretches]
+    return torch.cat([h.flatten(0, 1) for h in hidden]), cache.keys[:, 1:3, :, :40], cache.values[:, 1:3, :, :40]
+
+
+@pytest.mark.parametrize("names", [(), ("a",)])
+def test_a_prompt_is_read_as_torch_reads_it_however_it_is_cut(model: CausalModel, names: tuple[str, ...], threads: None) -> None:
+    """At once, in parts, side by side with another, or a token at a time: the same bits."""
+    mixture = model.lora.mixture(names) if names else None
+    if mixture is not None:
+        mixture.choose([0])
+    ids = torch.randint(5, 400, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = read(model, [(ids, lambda c: Prompt(c, 1, 0, 40))], mixture)
+    meant = model(torch.tensor([ids]), adapter=names[0] if names else None)[0]
+    torch.testing.assert_close(whole[0], meant, rtol=1e-4, atol=5e-5)
+    parts = read(model, [(ids[:23], lambda c: Prompt(c, 1, 0, 23)), (ids[23:], lambda c: Prompt(c, 1, 23, 17))], mixture)
+    tokens = read(model, [([t], lambda c, i=i: Rows(c, [i], first=1)) for i, t in enumerate(ids)], mixture)
+    for other in (parts, tokens):
+        assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    packed = read(model, [(ids + ids[:7], lambda c: Pack(c, [1, 2], [40, 7]))], mixture)
+    assert torch.equal(packed[0], torch.cat((whole[0], whole[0][:7])))
+    assert torch.equal(packed[1][:, 0], whole[1][:, 0]) and torch.equal(packed[2][:, 1, :, :7], whole[2][:, 0, :, :7])
+
+
 def test_an_adapter_alone_is_added_into_the_weights(model: CausalModel) -> None:
     """A layer a step, after a while; the numbers stay the same to rounding."""
     mixture = model.lora.mixture(("b",))
@@ -122,7 +150,6 @@ def test_scores_far_apart_and_far_from_nought(model: CausalModel) -> None:
     with torch.no_grad():
         for block in model.net.blocks:
             block.qkv.weight.mul_(30)
-            block.qkv.packed = None
     ours, theirs = (step(model, range(len(IDS)), None, by_torch=by_torch)[0] for by_torch in (False, True))
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -176,10 +203,18 @@ def test_a_model_in_8_bits_decodes_as_one_with_those_weights(tmp_path: Path) -> 
             got = step(models[0], range(len(IDS)), ours)[0]
         torch.testing.assert_close(got, meant, rtol=1e-2, atol=2e-3)
         assert ours is None or not ours.whole
+    ids = torch.randint(5, 400, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](ids, cache=Prompt(models[0].new_cache(1, 30), 0, 0, 30)), models[1](ids), rtol=1e-2, atol=2e-3)
     hidden = torch.randn(4, 128)
     torch.testing.assert_close(models[0].next_logits(hidden), hidden @ native.Int8(models[0].net.head).meant().T, rtol=1e-3, atol=1e-3)
     with pytest.raises(ModelError, match="serve without int8"):
         CausalModel.load(tiny_model_dir(tmp_path / "odd", hidden=64)).pack(int8=True)  # heads of 16
+
+
+def test_what_the_benchmark_says_of_8_bits() -> None:
+    cost = quality(2)
+    assert cost["tokens"] > 20 and 0 < cost["kl_mean"] < 1e-3 and cost["kl_max"] < 0.05 and cost["same_likeliest"] > 0.95 and abs(cost["nll_rise"]) < 0.01
 
 
 def test_where_it_cannot_be_used(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
