@@ -185,7 +185,7 @@ def train_ppo(
     kept = Kept(model, policy)
     judged = Judged(config.patience, config.part)
     last = config.updates
-    stopped, backed_off, practised, first_lap = "", 0, 0, time.monotonic()
+    stopped, backed_off, moved, practised, first_lap = "", 0, False, 0, time.monotonic()
     try:
         for update in range(last + 1):  # the last turn only measures what the last update made
             # What share of the run is over, by whichever of its limits is nearest: steps and KL target follow it.
@@ -221,9 +221,10 @@ def train_ppo(
             if judge is not None and (update % config.judge_every == 0 or final):
                 row["judges"] = float(judge(batch).mean())
 
-            # 5. Is this policy worth keeping? Over the ceiling: go back, and on from there with half the step at a higher
-            # price. Parted from the held-out members: stop.
-            if kl_reply > ceiling and update > 0:
+            # 5. Is this policy worth keeping? Led over the ceiling by the last update: go back, and on from there with half the step at
+            # a higher price. (What was gone back to may measure over it too, on other prompts: then the price brings it down.)
+            # Parted from the held-out members: stop.
+            if kl_reply > ceiling and moved:
                 history.append(row | {"seconds": time.monotonic() - lap})
                 kept.restore()
                 if backed_off == config.back_offs or final:
@@ -233,6 +234,7 @@ def train_ppo(
                 peak = [top / 2 for top in peak]
                 controller.update(kl_reply, len(batch), done)
                 optimizer.state.clear()  # its momentum points over the ceiling
+                moved = False
                 continue
             parted = "judges" in row and judged.parted(row["judges"], row["score"])
             if parted:
@@ -281,6 +283,8 @@ def train_ppo(
                 model, policy, value, mixed, batch, old, advantages, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
+
+            moved = True
 
             # 8. What a nat and a fault cost from here on, and the log.
             controller.update(kl_reply, len(batch), done)

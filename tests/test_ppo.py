@@ -136,6 +136,30 @@ def test_over_the_ceiling_it_goes_on_from_the_last_good_state_with_smaller_steps
     assert result.kept_update > over[0] and result.kl <= 2.0
 
 
+def test_what_was_gone_back_to_is_learned_from_even_if_it_measures_over_the_ceiling_now(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 replies are a noisy measure: going back to the same policy again, with half the step each time, would end the learning."""
+    sampled, sample, measure = [0], rollout.sample, rollout.reply_divergence
+
+    def counted(*args: object, **kwargs: object) -> rollout.Trajectories:
+        sampled[0] += 1  # the reference's replies, then an update's each
+        return sample(*args, **kwargs)
+
+    def noisy(*args: object) -> rollout.Divergence:
+        found = measure(*args)
+        return replace(found, kl=found.kl + 1.0) if sampled[0] - 2 in (3, 4, 5) else found
+
+    monkeypatch.setattr(rollout, "sample", counted)
+    monkeypatch.setattr(rollout, "reply_divergence", noisy)
+    config = replace(SMALL, updates=8, lr=1e-3, kl_target=5.0, kl_ceiling=1.0, back_offs=1)
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
+    assert [row["update"] for row in result.history if row["kl"] > 5.0] == [3, 4, 5]
+    # From 3 it went back; 4 is that same policy again, and learned from; 5 was led over the ceiling again, and that was once too often.
+    assert [row["update"] for row in result.history if "policy_loss" not in row] == [3, 5]
+    assert "over the ceiling" in result.stopped and result.kept_update == 4
+
+
 def test_a_start_over_the_ceiling_is_left_for_the_reference(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     model.lora.create("far", r=4, seed=0)
     with torch.no_grad():
