@@ -136,7 +136,7 @@ class SFTRoundConfig:
 class GateConfig:
     """What a candidate must pass. `learner/gate.py` reads it."""
 
-    prompts: int = 96  # held-out prompts; half of them where those leave no doubt who wins
+    prompts: int = 144  # held-out prompts; a third or two of them where those leave no doubt who wins
     replies_per_prompt: int = 4  # sampled from each of live, candidate and reference
     max_new_tokens: int = 96
     temperature: float = 1.0
@@ -163,7 +163,7 @@ class LearnerConfig:
     seed: int = 0  # round n uses seed + n
     reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
     held_out_prompts: float = 0.2  # share of people's prompts kept from PPO for the gate
-    practice_prompts: int = 192  # prompts of the pool make up this many to practise on where people's own are fewer
+    practice_prompts: int = 144  # prompts of the pool make up this many to practise on where people's own are fewer
     pool: str = ""  # a file of prompts (a line each, or JSONL) to practise on and be judged on; "" = the bundled ones
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database

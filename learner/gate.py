@@ -33,7 +33,7 @@ from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetitio
 PROBES = Path(__file__).parent / "starter" / "probe.jsonl"
 OTHERS = 3  # wrong answers that a probe's right one is set against
 PROBES_AT_ONCE = 32  # with all their answers, a row each
-LOOKS = (2.373, 1.678)  # deviations from even odds that decide after half of the prompts, and after all: one error in 20 over both looks
+LOOKS = (2.962, 2.094, 1.710)  # deviations from even odds that decide after a third of the prompts, two thirds, all: one error in 20 over all looks
 Progress = Callable[[float, str], None]
 
 
@@ -141,12 +141,12 @@ def run_gate(
     if not fitting:
         raise GateError("no held-out prompt leaves room for a reply: lower gate.max_new_tokens or use shorter prompts")
 
-    # 1. Both versions, and the reference, answer half of the prompts; and the other half, where that leaves open who wins.
+    # 1. Both versions, and the reference, answer a third of the prompts; and another, and the last, where that leaves open who wins.
     room = max(map(len, fitting)) + config.max_new_tokens
     engine = Engine(model, tokenizer, max_sequences=min(48, len(fitting) * config.replies_per_prompt), max_context=room)
     said: dict[str | None, Replies] = {}
     distance = torch.zeros(0)
-    parts = [part for part in (fitting[::2], fitting[1::2]) if part] if judges else [fitting]
+    parts = [part for part in (fitting[i :: len(LOOKS)] for i in range(len(LOOKS))) if part] if judges else [fitting]
     for look, part in enumerate(parts):
         for version in dict.fromkeys((candidate, live, reference)):
             show(look / len(parts), f"answering held-out prompts, {len(part)} of {len(fitting)}")
@@ -162,7 +162,7 @@ def run_gate(
             said[version] = said[version] + more if look else more
             if version == candidate:
                 distance = torch.cat([distance, reply_kl(model, batch, candidate, reference, config.temperature)])
-        deviations = LOOKS[-1] if part is parts[-1] else LOOKS[0]
+        deviations = LOOKS[-1] if part is parts[-1] else LOOKS[look]
         won = win_rate(said[candidate], said[live], deviations)
         if won and (won[1] > config.min_win_rate or won[2] <= config.min_win_rate):
             break
@@ -183,7 +183,7 @@ def win_rate(candidate: Replies, live: Replies, deviations: float) -> tuple[floa
     """Share of picks that the held-out members expect to go to the candidate, and its interval of so many deviations either way; None where
     nobody scored the replies.
 
-    `LOOKS` are O'Brien & Fleming's (1979) for two looks and 5% one-sided: early on only what is plain counts, and hardly anything is lost at the end.
+    `LOOKS` are O'Brien & Fleming's (1979) for three looks and 5% one-sided: early on only what is plain counts, and hardly anything is lost at the end.
     """
     if candidate.scores is None or live.scores is None:
         return None

@@ -154,13 +154,13 @@ def test_of_two_versions_that_differ_in_few_replies_the_better_one_is_seen() -> 
     assert low > 0.53 and low > counted
 
 
-def test_two_looks_are_wrong_one_time_in_twenty_together() -> None:
+def test_all_looks_are_wrong_one_time_in_twenty_together() -> None:
     from scipy import stats
 
-    early, late = LOOKS
-    both = stats.multivariate_normal([0, 0], [[1, math.sqrt(0.5)], [math.sqrt(0.5), 1]])  # half of the prompts are in both looks
-    assert 1 - both.cdf([early, late]) == pytest.approx(0.05, abs=2e-4)
-    assert early / late == pytest.approx(math.sqrt(2), abs=1e-3)
+    share = [[math.sqrt(min(i, j) / max(i, j)) for j in (1, 2, 3)] for i in (1, 2, 3)]  # of the prompts that two looks have in common
+    together = stats.multivariate_normal([0, 0, 0], share, abseps=1e-7, releps=1e-7)
+    assert 1 - together.cdf(LOOKS) == pytest.approx(0.05, abs=3e-4)
+    assert [look / LOOKS[-1] for look in LOOKS] == pytest.approx([math.sqrt(3), math.sqrt(1.5), 1], abs=1e-3)
 
 
 def test_the_interval_is_scipys_t_interval() -> None:
@@ -236,16 +236,16 @@ class Partial(RewardModel):
         return 0.1 * noise + self.strength * (self.calls % 2)
 
 
-@pytest.mark.parametrize(("strength", "asked", "failed"), [(1.0, 4, []), (0.0, 7, ["win_rate"]), (-1.0, 4, ["win_rate"])])
-def test_half_of_the_prompts_do_where_they_leave_nothing_open(
+@pytest.mark.parametrize(("strength", "asked", "failed"), [(1.0, 4, []), (0.3, 7, []), (0.0, 10, ["win_rate"]), (-1.0, 4, ["win_rate"])])
+def test_some_of_the_prompts_do_where_they_leave_nothing_open(
     model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], strength: float, asked: int, failed: list[str]
 ) -> None:
     judges = Partial.create(model, RewardConfig(lora_r=4), 2, "judge")
     judges.strength = strength
     model.lora.create("same", r=4, seed=0)
-    seven = prompts + [[*p, *p] for p in prompts[:3]]
+    ten = [*prompts, *([*p, *p] for p in prompts), *([*p, *p, *p] for p in prompts[:2])]
     gate = run_gate(
-        model, tokenizer, judges, prompts=seven, candidate="same", live=None, reference=None, config=GateConfig(max_new_tokens=10), probes=[]
+        model, tokenizer, judges, prompts=ten, candidate="same", live=None, reference=None, config=GateConfig(max_new_tokens=10), probes=[]
     )
     assert gate["prompts"] == asked and gate["replies"] == 4 * asked and gate["failed"] == failed
 
