@@ -37,3 +37,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data not here: {SHARED_DATA} is absent")
     return SHARED_DATA
+
+
+@pytest.fixture
+def without_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there was no C compiler when Plaudit was installed: models decode by torch's operations."""
+    monkeypatch.setattr("engine.native.library", lambda: None)
+
+
+@pytest.fixture(params=["in C", "by torch"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """With what was built of engine/decode.c, and without it."""
+    if request.param == "by torch":
+        request.getfixturevalue("without_c")

@@ -56,7 +56,7 @@ def oracle(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[i
 
 
 @pytest.fixture
-def make(tiny_llama: Path) -> Callable[..., Engine]:
+def make(tiny_llama: Path, either_way: None) -> Callable[..., Engine]:
     def make_engine(directory: Path = tiny_llama, adapters: int = 0, **kwargs: int) -> Engine:
         model = CausalModel.load(directory)
         for i in range(adapters):

@@ -125,7 +125,7 @@ def test_a_mixture_of_one_for_all_needs_no_mask(tiny_llama: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_version_alone_is_added_into_the_weights_a_layer_a_step_and_says_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_version_alone_is_added_into_the_weights_a_layer_a_step_and_says_the_same(tiny_llama: Path, either_way: None) -> None:
     ours = CausalModel.load(tiny_llama)
     for i, name in enumerate("ab"):
         ours.lora.create(name, seed=i, trainable=False)
@@ -156,7 +156,7 @@ def test_a_version_alone_is_added_into_the_weights_a_layer_a_step_and_says_the_s
 
 
 @torch.no_grad()
-def test_an_adapter_in_training_is_added_anew_for_every_mixture(tiny_llama: Path) -> None:
+def test_an_adapter_in_training_is_added_anew_for_every_mixture(tiny_llama: Path, either_way: None) -> None:
     ours = CausalModel.load(tiny_llama)
     ours.lora.create("a")
     ours.pack()
