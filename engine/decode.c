@@ -491,6 +491,12 @@ static void attend(const void *what, int64_t chunk) {
     }
 }
 
+#ifdef BUILT_FROM
+const char decode_built_from[] = BUILT_FROM; /* sha256 of this file */
+#else
+const char decode_built_from[] = "";
+#endif
+
 /* -- What is called ----------------------------------------------------------------------------------------------------------------- */
 
 /* 0, or 1 where there is no memory for it. */

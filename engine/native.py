@@ -8,11 +8,13 @@ It is built with the package where there is a C compiler; without it torch's ope
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import platform
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +70,9 @@ def library() -> ctypes.CDLL | None:
         if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             raise OSError("this processor has no AVX2")
         built = ctypes.CDLL(found.origin)
+        source = Path(__file__).with_name("decode.c")
+        if source.is_file() and (ctypes.c_char * 64).in_dll(built, "decode_built_from").value != hashlib.sha256(source.read_bytes()).hexdigest().encode():
+            raise OSError("it was built from another decode.c: build it anew (`make venv`)")
         built.decode_step.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Step)]
         built.decode_product.argtypes = [POINTER(Product), c_void_p, c_void_p, c_int64, c_int64]
         x, w = torch.randn(5, 64), torch.randn(67, 64)
@@ -76,7 +81,7 @@ def library() -> ctypes.CDLL | None:
             if not torch.allclose(product(built, x, weight), x @ meant.T, rtol=1e-3, atol=1e-3):
                 raise OSError("it gives wrong numbers here")
         return built
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that is not in it
         log.warning("no decoding in C, replies come more slowly: %s", error)
         return None
 

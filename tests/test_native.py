@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -239,6 +240,11 @@ def test_no_library_is_said_once_and_why(monkeypatch: pytest.MonkeyPatch, caplog
     assert "C compiler" in caplog.text
     caplog.clear()
     monkeypatch.undo()
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="plaudit.engine"):
+        patch.setattr(native.hashlib, "sha256", lambda data: hashlib.sha512(data))
+        assert fresh() is None
+    assert "another decode.c" in caplog.text
+    caplog.clear()
     monkeypatch.setattr(native, "product", lambda built, x, w: x @ w.T + 1)
     with caplog.at_level("WARNING", logger="plaudit.engine"):
         assert fresh() is None
