@@ -15,6 +15,7 @@ line; exit status 1 when a target is missed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -186,27 +188,27 @@ def floor(name: str, ours: Ours, repeats: int) -> list[dict]:
 
         return run
 
-    bare = engine.model.forward, engine.model.next_logits, engine._sample, engine._extend
-    engine.model.forward, engine.model.next_logits = timed("layers", bare[0]), timed("logits", bare[1])  # type: ignore[method-assign]
-    engine._sample, engine._extend = timed("sampling", bare[2]), timed("text", bare[3])  # type: ignore[method-assign]
-    for replies in (1, REPLIES):
-        took: list[dict[str, float]] = []
-        for seed in range(repeats):
-            params = [SamplingParams(max_tokens=NEW, seed=seed, ignore_eos=True) for _ in range(replies)]
-            engine.add([7] * PROMPT, params, ["base"] * replies)
-            engine.step()
-            while engine.has_work():
-                spent.clear()
-                step = seconds(lambda: engine.step())
-                took.append({"step": step, **spent})
-        median = {what: statistics.median(step[what] for step in took) for what in took[0]}
-        median["rest"] = median["step"] - sum(s for what, s in median.items() if what != "step")
-        least = max(4 * weights / bandwidth, 2 * weights * replies / flops)
-        share = least / (median["layers"] + median["logits"])
-        print(f"  a step of {replies}: {1000 * median['step']:.2f} ms ({', '.join(f'{what} {1000 * s:.2f}' for what, s in median.items() if what != 'step')}); "
-              f"the least for layers and logits is {1000 * least:.2f} ms: {share:.0%} of that speed", flush=True)  # fmt: skip
-        rows.append({"model": name, "replies": replies, "floor_s": least, "share_of_floor": round(share, 3), "spent_s": median})
-    engine.model.forward, engine.model.next_logits, engine._sample, engine._extend = bare  # type: ignore[method-assign]
+    parts = {"layers": (engine.model, "forward"), "logits": (engine.model, "next_logits"), "sampling": (engine, "_sample"), "text": (engine, "_extend")}
+    with contextlib.ExitStack() as stack:
+        for what, (owner, name) in parts.items():
+            stack.enter_context(patch.object(owner, name, timed(what, getattr(owner, name))))
+        for replies in (1, REPLIES):
+            took: list[dict[str, float]] = []
+            for seed in range(repeats):
+                params = [SamplingParams(max_tokens=NEW, seed=seed, ignore_eos=True) for _ in range(replies)]
+                engine.add([7] * PROMPT, params, ["base"] * replies)
+                engine.step()
+                while engine.has_work():
+                    spent.clear()
+                    step = seconds(lambda: engine.step())
+                    took.append({"step": step, **spent})
+            median = {what: statistics.median(step[what] for step in took) for what in took[0]}
+            median["rest"] = median["step"] - sum(s for what, s in median.items() if what != "step")
+            least = max(4 * weights / bandwidth, 2 * weights * replies / flops)
+            share = least / (median["layers"] + median["logits"])
+            print(f"  a step of {replies}: {1000 * median['step']:.2f} ms ({', '.join(f'{what} {1000 * s:.2f}' for what, s in median.items() if what != 'step')}); "
+                  f"the least for layers and logits is {1000 * least:.2f} ms: {share:.0%} of that speed", flush=True)  # fmt: skip
+            rows.append({"model": name, "replies": replies, "floor_s": least, "share_of_floor": round(share, 3), "spent_s": median})
     return rows
 
 

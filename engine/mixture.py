@@ -113,7 +113,7 @@ class Mixture:
     def rest(self) -> None:
         """Nothing runs, so adapters in training may change from here on."""
         self.stale = any(adapter.trainable for adapter in self.adapters)
-        self.wholes, self.whole = {}, NOTHING
+        self.wholes, self.whole, self._told = {}, NOTHING, None
 
     @torch.no_grad()
     def renew(self) -> None:

@@ -15,7 +15,7 @@ from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ def library() -> ctypes.CDLL | None:
             raise OSError("it was built from another decode.c: build it anew (`make venv`)")
         built.decode_step.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Step)]
         built.decode_product.argtypes = [POINTER(Product), c_void_p, c_void_p, c_int64, c_int64]
-        x, w = torch.randn(5, 64), torch.randn(67, 64)
+        draw = torch.Generator().manual_seed(0)  # its own: a round's draws are the same whether or not this was its first look
+        x, w = torch.randn(5, 64, generator=draw), torch.randn(67, 64, generator=draw)
         small = Int8(w)
         for weight, meant in ((w, w), (small, small.meant())):
             if not torch.allclose(product(built, x, weight), x @ meant.T, rtol=1e-3, atol=1e-3):
@@ -130,7 +131,7 @@ class Decode:
     @classmethod
     def of(cls, net: Decoder, int8: bool = False) -> Decode | None:
         """For float32 on a CPU, with sizes of whole vectors. int8: decode with the base's weights in 8 bits."""
-        block: Block = net.blocks[0]  # type: ignore[assignment]
+        block = cast("Block", net.blocks[0])
         sizes = [block.head_dim, *block.qkv.weight.shape, *block.down.weight.shape]
         width = BLOCK if int8 else WIDTH
         right = net.embed.device.type == "cpu" and net.embed.dtype == torch.float32 and not any(n % width for n in sizes)

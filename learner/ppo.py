@@ -283,7 +283,6 @@ def train_ppo(
                 model, policy, value, mixed, batch, old, advantages, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
-
             moved = True
 
             # 8. What a nat and a fault cost from here on, and the log.

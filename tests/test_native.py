@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -230,6 +232,25 @@ def test_where_it_cannot_be_used(tmp_path: Path, tiny_llama: Path, monkeypatch: 
     plain = CausalModel.load(tiny_llama)
     plain.pack()
     assert isinstance(plain.net, Decoder) and plain.decode is None
+
+
+def test_looking_for_it_leaves_the_draws_of_a_round_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    assert native.library.__wrapped__() is not None
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_an_idle_mixture_keeps_no_copy_of_the_weights(model: CausalModel) -> None:
+    mixture = model.lora.mixture(("b",))
+    for p in model.lora.parameters("b").values():
+        p.requires_grad_(True)  # in training: added up at once, and given up when nothing runs
+    step(model, range(2), mixture)
+    kept = weakref.ref(next(iter(mixture.whole.values())))
+    mixture.rest()
+    gc.collect()
+    assert kept() is None
 
 
 def test_no_library_is_said_once_and_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
