@@ -252,9 +252,9 @@ static void to_16_bits(const float *x, int16_t *q, float *scales, int64_t n, int
 
 /* -- Products ----------------------------------------------------------------------------------------------------------------------- */
 
-/* `rows` rows of w, by their addresses, with n rows of x, rows * n <= 8: result i * n + j is of w's i-th and x's j-th. */
-INLINE v8 tile(const float *const *w, int rows, const float *x, int n, int64_t in) {
-    v8 s[8] = {};
+/* `rows` rows of w, by their addresses, with n rows of x, rows * n <= 12: result i * n + j is of w's i-th and x's j-th. */
+INLINE void tile(const float *const *w, int rows, const float *x, int n, int64_t in, v8 *got) {
+    v8 s[16] = {};
     for (int64_t k = 0; k < in; k += 8) {
         v8 a[8];
         for (int i = 0; i < rows; i++) a[i] = load(w[i] + k);
@@ -264,7 +264,8 @@ INLINE v8 tile(const float *const *w, int rows, const float *x, int n, int64_t i
             for (int i = 0; i < rows; i++) s[i * n + j] += a[i] * b;
         }
     }
-    return sums(s);
+    got[0] = sums(s);
+    if (rows * n > 8) got[1] = sums(s + 8);
 }
 
 /* The same with w in 8 bits and x in 16, whose products add up exactly; `scales` are those of w's rows, x's is its caller's. */
@@ -301,17 +302,18 @@ INLINE void tiles(const Weights w, int64_t count, int rows, const Input x, int n
     for (int64_t i = 0; i < share; i++) {
         int64_t row[8];
         for (int e = 0; e < rows; e++) row[e] = e * share + i < count ? e * share + i : count - 1;
-        v8 got;
+        v8 both[2];
         if (w.q) {
             const int8_t *at[8];
             const float *scales[8];
             for (int e = 0; e < rows; e++) at[e] = w.q + row[e] * in, scales[e] = w.scales + row[e] * (in / BLOCK);
-            got = tile_q(at, scales, rows, x.q, n, in);
+            both[0] = tile_q(at, scales, rows, x.q, n, in);
         } else {
             const float *at[8];
             for (int e = 0; e < rows; e++) at[e] = w.w + row[e] * in;
-            got = tile(at, rows, x.x, n, in);
+            tile(at, rows, x.x, n, in, both);
         }
+        const float *got = (const float *)both;
         for (int e = 0; e < rows && e * share + i < count; e++)
             for (int j = 0; j < n; j++) y[j * stride + e * share + i] = w.q ? got[e * n + j] * x.scales[j] : got[e * n + j];
     }
@@ -372,7 +374,8 @@ static void linear(const void *what, int64_t chunk) {
             Weights w = p->q ? (Weights){.q = p->q + first * in, .scales = p->scales + first * (in / BLOCK)} : (Weights){.w = p->w + first * in};
             Input x = {l->x + row * in, l->q + row * in, l->scales + row};
             float *y = got[0] + h * half;
-            if (n == 4) tiles(w, count, 2, x, 4, in, y, OUTPUTS);
+            if (n == 4 && !w.q) tiles(w, count, 3, x, 4, in, y, OUTPUTS); /* 8 bits need more registers a product */
+            else if (n == 4) tiles(w, count, 2, x, 4, in, y, OUTPUTS);
             else if (n == 3) tiles(w, count, 2, x, 3, in, y, OUTPUTS);
             else if (n == 2) tiles(w, count, 4, x, 2, in, y, OUTPUTS);
             else tiles(w, count, 8, x, 1, in, y, OUTPUTS);
@@ -471,7 +474,9 @@ static void attend(const void *what, int64_t chunk) {
         for (int64_t t = 0; t < count; t += 8) {
             const float *each_key[8];
             for (int i = 0; i < 8; i++) each_key[i] = keys + (t + i < count ? t + i : at) * d;
-            v8 got = tile(each_key, 8, q, 1, d) * scale;
+            v8 got;
+            tile(each_key, 8, q, 1, d, &got);
+            got *= scale;
             store(scores + t, got); /* beyond the last: the last one's again, cleared below */
             top = either(got > top, got, top);
         }

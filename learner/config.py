@@ -77,7 +77,7 @@ class PPOConfig:
     kl_votes: int = 64  # votes that warrant so many nats; n < kl_votes warrant kl_target sqrt(n / kl_votes)
     kl_horizon: float = 50.0  # rollouts over which the controller moves: an update has 48
     kl_ceiling: float = 1.5  # times kl_target: over it, the run goes back to the last state under it
-    back_offs: int = 3  # how often it goes on from there, with half the step, before it ends
+    back_offs: int = 3  # how often it goes on from there, at a higher price, before it ends
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
     broken_penalty: float = 6.0  # taken off, at the token where it shows, for a fault that `learner/text_checks.py` finds: at first, and more while more replies break than `faults.SPARE` of the reference's share

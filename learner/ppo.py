@@ -221,8 +221,8 @@ def train_ppo(
             if judge is not None and (update % config.judge_every == 0 or final):
                 row["judges"] = float(judge(batch).mean())
 
-            # 5. Is this policy worth keeping? Led over the ceiling by the last update: go back, and on from there with half the step at
-            # a higher price. (What was gone back to may measure over it too, on other prompts: then the price brings it down.)
+            # 5. Is this policy worth keeping? Led over the ceiling by the last update: go back, and on from there at a higher
+            # price. (What was gone back to may measure over it too, on other prompts: then the price brings it down.)
             # Parted from the held-out members: stop.
             if kl_reply > ceiling and moved:
                 history.append(row | {"seconds": time.monotonic() - lap})
@@ -231,7 +231,6 @@ def train_ppo(
                     stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {ceiling:.1f}: went back to update {kept.update}"
                     break
                 backed_off += 1
-                peak = [top / 2 for top in peak]
                 controller.update(kl_reply, len(batch), done)
                 optimizer.state.clear()  # its momentum points over the ceiling
                 moved = False
