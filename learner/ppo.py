@@ -35,7 +35,7 @@ from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_lo
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.scorer import Scorer
-from learner.stopping import Judged, Kept
+from learner.stopping import Best, Judged, Kept
 from learner.text_checks import broken_rate, distinct_n, faults
 from learner.value import VALUE, FittedValue, TrainedValue
 
@@ -183,7 +183,7 @@ def train_ppo(
 
     history: list[dict[str, Any]] = []
     kept = Kept(model, policy)
-    judged = Judged(config.patience, config.part)
+    judged, best = Judged(config.patience, config.part), Best()
     last = config.updates
     stopped, backed_off, moved, practised, first_lap = "", 0, False, 0, time.monotonic()
     try:
@@ -223,11 +223,12 @@ def train_ppo(
 
             # 5. Is this policy worth keeping? Led over the ceiling by the last update: go back, and on from there at a higher
             # price. (What was gone back to may measure over it too, on other prompts: then the price brings it down.)
-            # Parted from the held-out members: stop.
+            # Parted from the held-out members: stop. Else it may be the best so far, which is what the run leaves.
             if kl_reply > ceiling and moved:
                 history.append(row | {"seconds": time.monotonic() - lap})
                 kept.restore()
                 if backed_off == config.back_offs or final:
+                    kept = best.kept or kept
                     stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {ceiling:.1f}: went back to update {kept.update}"
                     break
                 backed_off += 1
@@ -243,11 +244,15 @@ def train_ppo(
                 stopped = f"held-out reward members no longer agree that it improves: went back to update {kept.update}"
                 break
             kept = Kept(model, policy, update, row["kl"], batch.texts[0])
+            worth = scores.mean() - config.broken_penalty * broken_share(spans, len(batch)) - controller.least * kl_reply  # at the least prices
+            best.look(float(worth), kept)
             if "judges" in row and judged.newest_is_best:
                 judged.best = kept
             if final:
                 history.append(row | {"seconds": time.monotonic() - lap})
+                kept = best.kept or kept
                 stopped = limit if update == last else f"{limit} after {update} updates"
+                stopped += "" if kept.update == update else f": went back to update {kept.update}, the best of them"
                 break
 
             # 6. Rewards a token, then advantages.

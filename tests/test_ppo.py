@@ -25,7 +25,7 @@ from learner.ppo import Mixed, PPOError, PPOResult, learn, prompt_batches, train
 from learner.reward import RewardDiverged, RewardModel
 from learner.rollout import Trajectories, collect, reply_logprobs
 from learner.scorer import Scorer
-from learner.stopping import Judged, Kept
+from learner.stopping import Best, Judged, Kept
 from learner.value import TrainedValue
 
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
@@ -211,6 +211,38 @@ def test_held_out_members_part_only_where_the_score_does_not_fall_with_them() ->
     assert ends([(1.0, 1.0), (0.3, 1.0), (0.2, 1.4)]) == [False, False, True]
     assert ends([(1.0, 1.0), (0.3, 1.5), (0.7, 1.6)]) == [False] * 3  # one look is noise
     assert ends([(1.0, 1.0), (0.2, 0.8), (0.1, 0.9)]) == [False, False, True]  # by more than the score's own fall
+
+
+def test_a_run_ends_with_the_state_that_was_best_over_a_few_batches(model: CausalModel) -> None:
+    model.lora.create("p", r=2, seed=0)
+
+    def best(worth: Sequence[float]) -> int:
+        looks = Best(window=2)
+        for update, value in enumerate(worth):
+            looks.look(value, Kept(model, "p", update))
+        assert looks.kept is not None
+        return looks.kept.update
+
+    assert best([9.0, 0.0, 1.0, 4.0, 3.0, 0.0]) == 1  # means 4.5, 0.5, 2.5, 3.5, 1.5
+    assert best([0.0, 9.0, 0.0, 5.0, 5.0, 0.0]) == 4  # one good batch is less than two
+    assert best([1.0, 2.0, 3.0, 4.0]) == 3
+    early = Best(window=3)
+    early.look(9.0, Kept(model, "p"))
+    assert early.kept is None
+
+
+def test_what_a_run_unlearned_again_is_not_what_it_leaves(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    calls: list[int] = []
+
+    def turning(completion: Sequence[int]) -> float:
+        calls.append(1)
+        return even_share(completion) if len(calls) <= len(prompts) * 4 + 8 * 16 else -1.0 - even_share(completion)  # after the unit and eight batches
+
+    config = replace(SMALL, updates=14, epochs=2, minibatches=2)
+    result = train_ppo(model, tokenizer, reward_for(model, turning), prompts=prompts, policy="p", config=config)
+    assert 3 <= result.kept_update <= 7 and result.history[-1]["update"] == 14
+    assert f"went back to update {result.kept_update}, the best of them" in result.stopped
+    assert result.kl == pytest.approx(result.history[result.kept_update]["kl"])
 
 
 def spoken(model: CausalModel, tokenizer: ChatTokenizer, texts: Sequence[str], reasons: Sequence[str]) -> Trajectories:
