@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +106,25 @@ def peft_seconds(model: PeftModel, path: Path, name: str) -> float:
 
 
 def disturbance(engine: Engine, paths: Sequence[Path], swaps: int) -> dict[str, float]:
-    """Milliseconds between the tokens of a reply by the base: the median without swaps, and the longest with one before the step."""
+    """Milliseconds between the tokens of a reply by the base: the median without swaps, and the longest while files are read or a version appears and another goes."""
     engine.add([5] * 64, [SamplingParams(max_tokens=3 * swaps + 8, ignore_eos=True)], ["base"])
     for _ in range(4):
         engine.step()
     quiet, disturbed = [], []
-    for number in range(3 * swaps):
-        began = time.perf_counter()
-        if number % 3 == 0:
-            engine.load_version(f"n{number}", paths[number % len(paths)])
-            if number:
-                engine.unload_version(f"n{number - 3}")
-        engine.step()
-        (quiet if number % 3 else disturbed).append(time.perf_counter() - began)
+    with ThreadPoolExecutor(1) as reader:  # as the server does: files are read beside decoding, and the version appears between two steps
+        for number in range(3 * swaps):
+            began = time.perf_counter()
+            if number % 3 == 0:
+                reading = reader.submit(engine.model.lora.read, paths[number % len(paths)])
+            if number % 3 == 2:
+                engine.load_version(f"n{number}", reading.result())
+                if number > 2:
+                    engine.unload_version(f"n{number - 3}")
+            engine.step()
+            (quiet if number % 3 == 1 else disturbed).append(time.perf_counter() - began)
     while engine.has_work():
         engine.step()
-    engine.unload_version(f"n{3 * swaps - 3}")
+    engine.unload_version(f"n{3 * swaps - 1}")
     return {"step_ms": round(1000 * statistics.median(quiet), 3), "longest_ms": round(1000 * max(disturbed), 3), "longest_quiet_ms": round(1000 * max(quiet), 3),
             "disturbed": round(max(disturbed) / statistics.median(quiet), 3)}  # fmt: skip
 

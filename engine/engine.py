@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.cache import Pack, Prompt, Rows
 from engine.gpu import onto
-from engine.lora import AdapterError
+from engine.lora import Adapter, AdapterError
 from engine.mixture import Mixture
 from engine.model import CausalModel
 from engine.prefixes import Prefixes
@@ -152,13 +152,13 @@ class Engine:
         """What a sequence may be written by: "base" and the loaded adapters."""
         return [BASE, *self.model.lora.names()]
 
-    def load_version(self, name: str, path: str | Path) -> None:
-        """Load a PEFT directory beside the others. Raises AdapterError."""
+    def load_version(self, name: str, adapter: str | Path | Adapter) -> None:
+        """Have a version beside the others: a PEFT directory, or what `LoraBank.read` made of one elsewhere meanwhile. Raises AdapterError."""
         if name in self.versions():
             raise AdapterError(
                 f"a version named {name!r} is already loaded: versions never change, use a new name"
             )
-        self.model.lora.load(name, path)
+        self.model.lora.put(name, adapter if isinstance(adapter, Adapter) else self.model.lora.read(adapter))
 
     def unload_version(self, name: str) -> None:
         """Forget a version. Raises VersionInUse while a reply is pinned to it, UnknownVersion when there is none."""

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -54,6 +54,7 @@ class Adapter:
     scaling: float  # alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
     targets: list[str]
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    stacked: dict[LoraLinear, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of one that never changes: what `stack` gives
 
     @property
     def trainable(self) -> bool:
@@ -85,6 +86,12 @@ class Adapter:
                 )
             )
         return a.to(weight), (b * self.scaling).to(weight)
+
+    def stack(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
+        """(A (R, in), B^T (R, out)), as `engine/mixture.py` lays adapters end to end; None when it does not touch `linear`."""
+        if (kept := self.stacked.get(linear)) is not None or (fused := self.fused(linear)) is None:
+            return kept
+        return fused[0].detach(), fused[1].detach().T.contiguous()
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -191,10 +198,17 @@ class LoraBank:
             raise AdapterError(
                 f"no layer of the model is named {', '.join(targets)}: choose among {self._layer_names()}"
             )
-        self._put(name, Adapter(r, alpha, alpha / r, list(targets), pairs))
+        self.put(name, Adapter(r, alpha, alpha / r, list(targets), pairs))
 
     def load(self, name: str, path: str | Path, *, trainable: bool = False) -> None:
-        """Read a PEFT directory. Raises AdapterError, naming the file or tensor, when anything about it is off."""
+        """`read` and `put`. Raises AdapterError."""
+        self.put(name, self.read(path, trainable=trainable))
+
+    def read(self, path: str | Path, *, trainable: bool = False) -> Adapter:
+        """Read a PEFT directory, for `put`; touches nothing that is in use, so it may run beside decoding, in another thread.
+
+        Raises AdapterError, naming the file or tensor, when anything about it is off.
+        """
         path = Path(path)
         config = self._read_config(path)
         try:
@@ -232,7 +246,9 @@ class LoraBank:
         adapter = Adapter(r, alpha, scaling, targets, pairs)
         if bad := not_finite(adapter.named()):
             raise AdapterError(f"{path / WEIGHTS}: {bad} has NaN or infinite numbers; the adapter is refused")
-        self._put(name, adapter)
+        if not trainable:
+            adapter.stacked = {linear: stack for linear in self.linears if (stack := adapter.stack(linear)) is not None}
+        return adapter
 
     def save(self, name: str, path: str | Path) -> None:
         """Write a PEFT directory that `load` here and `peft.PeftModel.from_pretrained` both read."""
@@ -258,7 +274,7 @@ class LoraBank:
             pairs[path] = self._pair(
                 a.detach().clone(), b.detach().clone(), a.requires_grad if trainable is None else trainable
             )
-        self._put(dst, Adapter(old.r, old.alpha, old.scaling, list(old.targets), pairs))
+        self.put(dst, Adapter(old.r, old.alpha, old.scaling, list(old.targets), pairs))
 
     def delete(self, name: str) -> None:
         """Forget an adapter."""
@@ -295,7 +311,8 @@ class LoraBank:
                 f"no adapter named {name!r}: loaded are {', '.join(self.adapters) or 'none'}"
             ) from None
 
-    def _put(self, name: str, adapter: Adapter) -> None:
+    def put(self, name: str, adapter: Adapter) -> None:
+        """Have an adapter under this name."""
         self.adapters[name] = adapter
         self.revision += 1
 

@@ -67,11 +67,12 @@ class Mixture:
         self.stacks: dict[LoraLinear, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
         self.owners: dict[tuple[int, ...], Tensor] = {}  # by ranks: whose each of the R columns is, (R,)
         for linear in linears:
-            fused = [adapter.fused(linear) for adapter in adapters]
-            if found := [f for f in fused if f is not None]:
-                ranks = tuple(0 if f is None else f[0].shape[0] for f in fused)
-                a, b = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found], dim=1)
-                self.stacks[linear] = (a, b.T.contiguous(), ranks)  # (R, in), (R, out)
+            stacks = [adapter.stack(linear) for adapter in adapters]
+            if found := [each for each in stacks if each is not None]:
+                ranks = tuple(0 if each is None else len(each[0]) for each in stacks)
+                # one alone that never changes is taken as it is
+                a, b = found[0] if self.count == 1 and linear in adapters[0].stacked else map(torch.cat, zip(*found, strict=True))
+                self.stacks[linear] = (a, b, ranks)  # (R, in), (R, out)
                 if ranks not in self.owners:
                     self.owners[ranks] = onto(a.device, [i for i, r in enumerate(ranks) for _ in range(r)], torch.int32)
         self.stale = False  # whether adapters may have been trained since
@@ -120,9 +121,9 @@ class Mixture:
         """Take over what the adapters' numbers have become, to where the old ones were: a recorded step finds them there."""
         self.stale = False
         for linear, (a, b, _) in self.stacks.items():
-            found = [f for f in (adapter.fused(linear) for adapter in self.adapters) if f is not None]
-            a.copy_(torch.cat([f[0] for f in found]))
-            b.copy_(torch.cat([f[1] for f in found], dim=1).T)
+            found = [each for each in (adapter.stack(linear) for adapter in self.adapters) if each is not None]
+            a.copy_(torch.cat([each[0] for each in found]))
+            b.copy_(torch.cat([each[1] for each in found]))
 
     def _whole_of(self, row: int) -> Whole:
         adapter = self.adapters[row]

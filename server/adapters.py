@@ -20,7 +20,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from engine.engine import Engine, probe
-from engine.lora import AdapterError
+from engine.lora import Adapter, AdapterError
 from server.access import Operator, runtime_of
 from server.deployment import NotPossible, UnknownModel
 from server.errors import ApiError
@@ -108,8 +108,8 @@ async def upload(body: UploadRequest, request: Request, who: Operator) -> JSONRe
         (directory / "adapter_config.json").write_text(config)
         (directory / "adapter_model.safetensors").write_bytes(tensors)
 
-    def try_out(engine: Engine, directory: Path) -> dict[str, Any]:
-        engine.load_version(name, directory)
+    def try_out(engine: Engine, adapter: Adapter) -> dict[str, Any]:
+        engine.load_version(name, adapter)
         try:
             return probe(engine.model, name, prompt_ids)
         finally:
@@ -118,7 +118,8 @@ async def upload(body: UploadRequest, request: Request, who: Operator) -> JSONRe
     with tempfile.TemporaryDirectory(dir=runtime.settings.data_dir, prefix=".upload-") as temporary:
         await asyncio.to_thread(write, Path(temporary))
         try:
-            tried = await runtime.bridge.call(lambda engine: try_out(engine, Path(temporary)))
+            adapter = await asyncio.to_thread(runtime.bridge.read_adapter, Path(temporary))
+            tried = await runtime.bridge.call(lambda engine: try_out(engine, adapter))
         except (AdapterError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, re.error) as refused:
             text = str(refused).replace(f"{temporary}/", "").replace(temporary, "the upload")
             raise ApiError(400, f"the adapter does not fit: {text}", param="adapter_model") from refused

@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 
 from engine.engine import Engine, SamplingParams, Sequence
+from engine.lora import Adapter
 
 log = structlog.get_logger("plaudit")
 T = TypeVar("T")
@@ -90,6 +92,10 @@ class EngineBridge:
     def stats(self) -> Any:
         """The engine's counters; plain numbers, safe to read from here."""
         return self._engine.stats
+
+    def read_adapter(self, path: Path) -> Adapter:
+        """A PEFT directory, ready for `Engine.load_version`; no step waits for it. Blocks: to be run off the event loop. Raises AdapterError."""
+        return self._engine.model.lora.read(path)
 
     @property
     def alive(self) -> bool:

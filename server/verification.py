@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.engine import Engine, probe
-from engine.lora import AdapterError
+from engine.lora import Adapter, AdapterError
 from server.bridge import EngineBridge
 from store.adapters import AdapterRegistry, Manifest
 from store.errors import CorruptAdapter
@@ -52,12 +52,10 @@ async def load_verified(
         raise Unfit(str(damaged)) from damaged
     if manifest.base_digest != base_digest:
         raise Unfit(f"it was made for another base model ({manifest.base_model}); start with that --model to use it")
-    path = registry.path(version)
-
-    def load(engine: Engine) -> dict[str, Any]:
+    def load(engine: Engine, adapter: Adapter) -> dict[str, Any]:
         if version in engine.versions():
             engine.unload_version(version)
-        engine.load_version(version, path)
+        engine.load_version(version, adapter)
         try:
             return probe(engine.model, version, list(manifest.probe["prompt_ids"]), engine.model.vocab_size)
         except Exception:
@@ -65,7 +63,8 @@ async def load_verified(
             raise
 
     try:
-        served = await bridge.call(load)
+        adapter = await read(bridge.read_adapter, registry.path(version))
+        served = await bridge.call(lambda engine: load(engine, adapter))
     except AdapterError as refused:
         raise Unfit(str(refused)) from refused
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as broken:

@@ -213,6 +213,21 @@ def test_training_one_adapter_moves_no_other(tiny_llama: Path) -> None:
     assert not any(p.requires_grad for p in ours.lora.parameters("old").values())
 
 
+def test_what_was_read_changes_nothing_until_it_is_put_and_is_then_stacked_without_a_copy(saved: tuple[CausalModel, Path]) -> None:
+    model, path = saved
+    bank = model.lora
+    before, revision = bank.names(), bank.revision
+    read = bank.read(path)
+    assert bank.names() == before and bank.revision == revision  # another thread may decode meanwhile
+    bank.put("b", read)
+    alone, both = bank.mixture(["b"]), bank.mixture(["a", "b"])
+    assert read.stacked and all(alone.stacks[linear][:2] == kept for linear, kept in read.stacked.items())
+    meant = model.logits(model(IDS[:1], adapter="a"))
+    for mixture, row in ((alone, 0), (both, 1)):
+        mixture.choose([row])
+        torch.testing.assert_close(model.logits(model(IDS[:1], adapter=mixture)), meant, **CLOSE)
+
+
 def test_names_come_and_go(tiny_llama: Path) -> None:
     bank = CausalModel.load(tiny_llama).lora
     bank.create("a")
