@@ -108,24 +108,27 @@ def peft_seconds(model: PeftModel, path: Path, name: str) -> float:
 
 def disturbance(engine: Engine, paths: Sequence[Path], swaps: int) -> dict[str, float]:
     """Milliseconds between the tokens of a reply by the base: the median without swaps, and the longest while files are read or a version appears and another goes."""
-    engine.add([5] * 64, [SamplingParams(max_tokens=3 * swaps + 8, ignore_eos=True)], ["base"])
+    engine.add([5] * 64, [SamplingParams(max_tokens=engine.model.max_context - 64, ignore_eos=True)], ["base"])
     for _ in range(4):
         engine.step()
-    quiet, disturbed = [], []
+    quiet, disturbed, reading, number = list[float](), list[float](), None, 0
     with ThreadPoolExecutor(1) as reader:  # as the server does: files are read beside decoding, and the version appears between two steps
-        for number in range(3 * swaps):
-            began = time.perf_counter()
-            if number % 3 == 0:
+        while number < swaps and engine.has_work():
+            began, busy = time.perf_counter(), True
+            if reading is None and len(quiet) <= len(disturbed):
+                busy = False
+            elif reading is None:
                 reading = reader.submit(engine.model.lora.read, paths[number % len(paths)])
-            if number % 3 == 2:
+            elif reading.done():
                 engine.load_version(f"n{number}", reading.result())
-                if number > 2:
-                    engine.unload_version(f"n{number - 3}")
+                if number:
+                    engine.unload_version(f"n{number - 1}")
+                reading, number = None, number + 1
             engine.step()
-            (quiet if number % 3 == 1 else disturbed).append(time.perf_counter() - began)
+            (disturbed if busy else quiet).append(time.perf_counter() - began)
     while engine.has_work():
         engine.step()
-    engine.unload_version(f"n{3 * swaps - 1}")
+    engine.unload_version(f"n{number - 1}")
     return {"step_ms": round(1000 * statistics.median(quiet), 3), "longest_ms": round(1000 * max(disturbed), 3), "longest_quiet_ms": round(1000 * max(quiet), 3),
             "disturbed": round(max(disturbed) / statistics.median(quiet), 3)}  # fmt: skip
 

@@ -190,8 +190,8 @@ def floor(name: str, ours: Ours, repeats: int) -> list[dict]:
 
     parts = {"layers": (engine.model, "forward"), "logits": (engine.model, "next_logits"), "sampling": (engine, "_sample"), "text": (engine, "_extend")}
     with contextlib.ExitStack() as stack:
-        for what, (owner, name) in parts.items():
-            stack.enter_context(patch.object(owner, name, timed(what, getattr(owner, name))))
+        for what, (owner, method) in parts.items():
+            stack.enter_context(patch.object(owner, method, timed(what, getattr(owner, method))))
         for replies in (1, REPLIES):
             took: list[dict[str, float]] = []
             for seed in range(repeats):

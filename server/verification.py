@@ -52,6 +52,7 @@ async def load_verified(
         raise Unfit(str(damaged)) from damaged
     if manifest.base_digest != base_digest:
         raise Unfit(f"it was made for another base model ({manifest.base_model}); start with that --model to use it")
+
     def load(engine: Engine, adapter: Adapter) -> dict[str, Any]:
         if version in engine.versions():
             engine.unload_version(version)
