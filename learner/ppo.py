@@ -2,7 +2,7 @@
 
 R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
 valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure the ensemble is that people prefer the reply to a
-good one of the reference's (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
+good one of the version it begins at (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
 token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen.
 
 One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
@@ -35,11 +35,12 @@ from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_lo
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.scorer import Scorer
-from learner.stopping import Best, Judged, Kept
+from learner.stopping import Finalists, Judged, Kept
 from learner.text_checks import broken_rate, distinct_n, faults
 from learner.value import VALUE, FittedValue, TrainedValue
 
 UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
+FINAL = 2  # replies to each of them, by which the best of a run's last few states is told
 
 
 class PPOError(Exception):
@@ -132,10 +133,10 @@ def train_ppo(
     engine = Engine(model, tokenizer, max_sequences=size, max_context=room)
     draw = prompt_batches(fitting, config.prompts_per_update, seed)
 
-    def sample(version: str, asked: Sequence[Sequence[int]], number: int) -> Trajectories:
+    def sample(version: str, asked: Sequence[Sequence[int]], number: int, group: int = config.replies_per_prompt) -> Trajectories:
         try:
             return rollout.sample(
-                engine, asked, version=version, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
+                engine, asked, version=version, group=group, max_tokens=config.max_new_tokens,
                 temperature=config.temperature, seed=seed * 1_000_003 + number * max(size, UNIT * config.replies_per_prompt),
             )  # fmt: skip
         except FloatingPointError as error:
@@ -154,10 +155,9 @@ def train_ppo(
             raise PPOError("the KL divergence from the reference is not a finite number")
         return parts
 
-    unit = sample(reference or BASE, random.Random(f"unit/{seed}").sample(fitting, min(UNIT, len(fitting))), 0)
+    asked = random.Random(f"unit/{seed}").sample(fitting, min(UNIT, len(fitting)))
+    unit = sample(reference or BASE, asked, 0)
     fault_price = FaultPrice(config.broken_penalty, broken_share(fault_tokens(unit, tokenizer), len(unit)))
-    scorer = Scorer(reward, unit)
-    judge = None if judges is None else Scorer(judges, unit)
     fitted = FittedValue(model, reward) if config.estimator == "gae-ls" else None
     note = None
     begin(model, policy, start, config, seed)
@@ -167,6 +167,10 @@ def train_ppo(
             note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
             model.lora.delete(policy)
             begin(model, policy, reference, config, seed)
+            start = reference
+    begun = None if start in (None, reference) else sample(policy, asked, 0)
+    scorer = Scorer(reward, unit, begun)
+    judge = None if judges is None else Scorer(judges, unit, begun)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
     value = TrainedValue(model, reward, scorer) if config.estimator == "gae" else None
     if fitted is not None:
@@ -183,7 +187,24 @@ def train_ppo(
 
     history: list[dict[str, Any]] = []
     kept = Kept(model, policy)
-    judged, best = Judged(config.patience, config.part), Best()
+    judged, finalists = Judged(config.patience, config.part), Finalists()
+
+    def scored(batch: Trajectories) -> tuple[Tensor, Tensor]:
+        """(B, members) by the reward model, (B,) what it comes to: a lower confidence bound, less what a cut reply costs."""
+        members = scorer(batch)
+        return members, lower_bound(members, config).to(batch.mask.device) - config.missing_eos_penalty * batch.cut
+
+    def worth(batch: Trajectories, scores: Tensor, spans: Sequence[tuple[int, int, int]], kl: float) -> float:
+        """What a batch comes to at the least prices of a fault and a nat, the same for the whole run."""
+        return float(scores.mean()) - config.broken_penalty * broken_share(spans, len(batch)) - controller.least * kl
+
+    def worth_of(state: Kept) -> float:
+        """The same on the unit's prompts, with seeds that are the same for all, while `state` is the policy."""
+        if progress is not None:
+            progress(1.0, f"how good update {state.update} was, on prompts that the best few all answer")
+        batch = sample(policy, asked, 1, FINAL)
+        return worth(batch, scored(batch)[1], fault_tokens(batch, tokenizer), state.kl)
+
     last = config.updates
     stopped, backed_off, moved, practised, first_lap = "", 0, False, 0, time.monotonic()
     try:
@@ -207,10 +228,9 @@ def train_ppo(
             beta = controller.price(kl_reply)
 
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
-            members = scorer(batch)  # (B, members)
+            members, scores = scored(batch)
             spans = fault_tokens(batch, tokenizer)
             broken = fault_rewards(spans, batch.mask, fault_price.price)  # (B, R)
-            scores = lower_bound(members, config).to(old.device) - config.missing_eos_penalty * batch.cut
             row: dict[str, Any] = {
                 "update": update, "done": done, "score": float(members.mean()), "disagreement": float(deviation(members).mean()), "reward": float((scores + broken.sum(1)).mean()),
                 "kl": kl_reply, "kl_coef": controller.beta, "kl_price": beta, "fault_price": fault_price.price, "entropy": float(masked_mean(entropy, batch.mask)),
@@ -228,7 +248,7 @@ def train_ppo(
                 history.append(row | {"seconds": time.monotonic() - lap})
                 kept.restore()
                 if backed_off == config.back_offs or final:
-                    kept = best.kept or kept
+                    kept = finalists.best(worth_of) or kept
                     stopped = f"KL {kl_reply:.1f} nats is over the ceiling of {ceiling:.1f}: went back to update {kept.update}"
                     break
                 backed_off += 1
@@ -244,13 +264,12 @@ def train_ppo(
                 stopped = f"held-out reward members no longer agree that it improves: went back to update {kept.update}"
                 break
             kept = Kept(model, policy, update, row["kl"], batch.texts[0])
-            worth = scores.mean() - config.broken_penalty * broken_share(spans, len(batch)) - controller.least * kl_reply  # at the least prices
-            best.look(float(worth), kept)
+            finalists.look(worth(batch, scores, spans, kl_reply), kept)
             if "judges" in row and judged.newest_is_best:
                 judged.best = kept
             if final:
                 history.append(row | {"seconds": time.monotonic() - lap})
-                kept = best.kept or kept
+                kept = finalists.best(worth_of) or kept
                 stopped = limit if update == last else f"{limit} after {update} updates"
                 stopped += "" if kept.update == update else f": went back to update {kept.update}, the best of them"
                 break

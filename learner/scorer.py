@@ -13,18 +13,20 @@ from learner.rollout import Trajectories
 
 
 class Scorer:
-    """How sure each member is that people prefer a reply to a good one of the reference's: log sigmoid(score - good).
+    """How sure each member is that people prefer a reply to a good one of the version that the run begins at: log sigmoid(score - good).
 
     The sigmoid is Bradley-Terry's own, so what is already liked earns little more, and a policy gains by mending its worst replies
     and not by outdoing its best (Wang et al. 2024, "Transforming and Combining Rewards for Aligning Large Language Models"). Good
-    is one deviation above the mean; there, a high quantile of each prompt's. In deviations of the reference's replies to one
-    prompt, so that members count alike. Raises RewardDiverged for a score that is not finite.
+    is one deviation above the mean of `start`, the replies of the version that the gate will set this one against (None: the
+    reference's); there, a high quantile of each prompt's. In deviations of the reference's replies to one prompt, so that members
+    count alike. Raises RewardDiverged for a score that is not finite.
     """
 
-    def __init__(self, reward: RewardModel, reference: Trajectories) -> None:
+    def __init__(self, reward: RewardModel, reference: Trajectories, start: Trajectories | None = None) -> None:
         self.reward = reward
         raw = self._raw(reference)  # (B, members)
-        self.good = raw.mean(0) + raw.std(0)
+        begun = raw if start is None else self._raw(start)
+        self.good = begun.mean(0) + begun.std(0)
         liked = F.logsigmoid(raw - self.good)
         self.mean = liked.mean(0)
         grouped = liked.view(-1, reference.group, raw.shape[1])

@@ -5,7 +5,7 @@ Owns the copy that can be gone back to and the two rules. Does not own the membe
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from statistics import fmean
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from engine.model import CausalModel
 
 WINDOW = 4  # updates whose batches say together what a state is worth
+FINALISTS = 3  # states that are then set side by side on the same prompts
 
 
 class Kept:
@@ -56,21 +57,37 @@ class Judged:
         return all(best_judges - j - max(0.0, best_score - s) > self.part for j, s in recent)
 
 
-class Best:
-    """The state that a run ends with: the one at which what its replies are worth, over the last `window` batches, was highest.
+class Finalists:
+    """The states that may be the best of a run: those at which what its replies are worth, over the last `window` batches, was highest.
 
     A run that has what there is to get goes on moving, by the noise of its batches, and its last state may be far from its best. One
-    batch tells little: 48 replies to 12 prompts are liked more or less by half a deviation for their prompts alone.
+    batch tells little: 48 replies to 12 prompts are liked more or less by half a deviation for their prompts alone. So the best few
+    are found by several batches, and the best of them on prompts that all answer. Of two less than `window` updates apart the better
+    stands for both.
     """
 
-    def __init__(self, window: int = WINDOW) -> None:
+    def __init__(self, count: int = FINALISTS, window: int = WINDOW) -> None:
         self.worth: list[float] = []
-        self.window, self.highest = window, -math.inf
-        self.kept: Kept | None = None
+        self.count, self.window = count, window
+        self.found: list[tuple[float, Kept]] = []  # mean worth, state; the best first
 
     def look(self, worth: float, state: Kept) -> None:
         """worth: of a batch that `state` wrote, in the units of the score and at prices that stay the same for the whole run."""
         self.worth.append(worth)
         recent = self.worth[-self.window :]
-        if len(recent) == self.window and fmean(recent) > self.highest:
-            self.highest, self.kept = fmean(recent), state
+        if len(recent) < self.window:
+            return
+        near = [one for one in self.found if state.update - one[1].update < self.window]
+        if all(fmean(recent) > mean for mean, _ in near):
+            others = [one for one in self.found if one not in near]
+            self.found = sorted([*others, (fmean(recent), state)], key=lambda one: -one[0])[: self.count]
+
+    def best(self, worth_of: Callable[[Kept], float]) -> Kept | None:
+        """The one with the highest `worth_of(state)`, asked while it is the policy; None where no state had batches enough."""
+        if len(self.found) < 2:
+            return self.found[0][1] if self.found else None
+        worths = []
+        for _, state in self.found:
+            state.restore()
+            worths.append(worth_of(state))
+        return self.found[worths.index(max(worths))][1]

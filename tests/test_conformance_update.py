@@ -156,13 +156,13 @@ def chosen(batch: Trajectories, rows: Sequence[Tensor]) -> list[list[float]]:
     return [row.gather(1, torch.tensor(own)[:, None])[:, 0].tolist() for row, own in zip(rows, batch.completions, strict=True)]
 
 
-def scores_by_hand(config: PPOConfig, unit: Trajectories, batch: Trajectories) -> list[float]:
+def scores_by_hand(config: PPOConfig, unit: Trajectories, begun: Trajectories, batch: Trajectories) -> list[float]:
     """mean - uncertainty * deviation over the members, each in deviations of the reference's replies, less the penalties.
 
-    A member says log sigmoid(score - good), good being one deviation above the reference's mean.
+    A member says log sigmoid(score - good), good being one deviation above the mean of the version that the run begins at.
     """
-    raw, base = (np.array([planted(c) for c in b.completions]) for b in (batch, unit))
-    raw, base = (-np.log1p(np.exp(base.mean(0) + base.std(0, ddof=1) - x)) for x in (raw, base))
+    raw, base, start = (np.array([planted(c) for c in b.completions]) for b in (batch, unit, begun))
+    raw, base = (-np.log1p(np.exp(start.mean(0) + start.std(0, ddof=1) - x)) for x in (raw, base))
     groups = base.reshape(-1, unit.group, 2)
     within = ((groups - groups.mean(1, keepdims=True)) ** 2).sum((0, 1)) / (len(base) - len(groups))
     members = (raw - base.mean(0)) / np.sqrt(within)
@@ -230,14 +230,14 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     monkeypatch.setattr(FittedValue, "__call__", lambda self, seen: (guesses.append(guess(self, seen)), guesses[-1])[1])  # test_value has what it says
     reward = Planted.create(model, RewardConfig(members=2, lora_r=4), 2)
     result = train_ppo(model, tokenizer, reward, prompts=prompts_of(tokenizer), policy="p", config=config, start="start", reference="reference", seed=4)
-    unit = watched.batches[0]
+    unit, _, started = watched.batches[:3]  # between them, whether it begins too far from the reference
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
     least, begun, cost = beta / 3, 0.0, config.broken_penalty
     allowed = 0.7 * broken_by_hand(tokenizer, unit)
-    assert len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
+    assert started.prompts == unit.prompts and len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]
-        assert batch is watched.batches[2 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
+        assert batch is watched.batches[3 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
         every = by_transformers(tiny_llama, tmp_path / str(update), batch, config.temperature)
         every_ref = by_transformers(tiny_llama, tmp_path / "reference", batch, config.temperature)
         logprobs, ref = chosen(batch, every), chosen(batch, every_ref)
@@ -248,7 +248,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         assert result.history[update]["kl_coef"] == pytest.approx(beta, rel=1e-4)
         price = beta * max(1.0, mean_kl / config.kl_target) ** 2
         assert result.history[update]["kl_price"] == pytest.approx(price, rel=2e-2) and result.history[update]["fault_price"] == pytest.approx(cost)
-        scores = scores_by_hand(config, unit, batch)
+        scores = scores_by_hand(config, unit, started, batch)
         costs, local = faults_by_hand(cost, config.fault_decay, tokenizer, batch)
         assert any(any(row) for row in costs), "else faults are not tested"
         assert result.history[update]["reward"] == pytest.approx(float(np.mean([a + sum(b) for a, b in zip(scores, costs, strict=True)])), abs=1e-4)

@@ -25,7 +25,7 @@ from learner.ppo import Mixed, PPOError, PPOResult, learn, prompt_batches, train
 from learner.reward import RewardDiverged, RewardModel
 from learner.rollout import Trajectories, collect, reply_logprobs
 from learner.scorer import Scorer
-from learner.stopping import Best, Judged, Kept
+from learner.stopping import Finalists, Judged, Kept
 from learner.value import TrainedValue
 
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
@@ -213,36 +213,74 @@ def test_held_out_members_part_only_where_the_score_does_not_fall_with_them() ->
     assert ends([(1.0, 1.0), (0.2, 0.8), (0.1, 0.9)]) == [False, False, True]  # by more than the score's own fall
 
 
-def test_a_run_ends_with_the_state_that_was_best_over_a_few_batches(model: CausalModel) -> None:
+def test_the_finalists_are_those_that_were_best_over_a_few_batches(model: CausalModel) -> None:
     model.lora.create("p", r=2, seed=0)
 
-    def best(worth: Sequence[float]) -> int:
-        looks = Best(window=2)
+    def found(worth: Sequence[float], count: int = 3, window: int = 2) -> list[int]:
+        finalists = Finalists(count, window)
         for update, value in enumerate(worth):
-            looks.look(value, Kept(model, "p", update))
-        assert looks.kept is not None
-        return looks.kept.update
+            finalists.look(value, Kept(model, "p", update))
+        return [state.update for _, state in finalists.found]
 
-    assert best([9.0, 0.0, 1.0, 4.0, 3.0, 0.0]) == 1  # means 4.5, 0.5, 2.5, 3.5, 1.5
-    assert best([0.0, 9.0, 0.0, 5.0, 5.0, 0.0]) == 4  # one good batch is less than two
-    assert best([1.0, 2.0, 3.0, 4.0]) == 3
-    early = Best(window=3)
-    early.look(9.0, Kept(model, "p"))
-    assert early.kept is None
+    assert found([9.0, 0.0, 1.0, 4.0, 3.0, 0.0]) == [1, 4]  # means 4.5, 0.5, 2.5, 3.5, 1.5
+    assert found([0.0, 9.0, 0.0, 5.0, 5.0, 0.0], count=1) == [4]  # one good batch is less than two
+    assert found([1.0, 2.0, 3.0, 4.0]) == [3]  # of neighbours the better stands for all
+    assert found([6.0, 6.0, 0.0, 4.0, 4.0, 0.0, 5.0, 5.0, 0.0, 1.0, 1.0], count=3) == [1, 7, 4]
+    assert found([9.0], window=3) == []
+
+
+def test_of_the_finalists_the_best_is_found_by_asking_each_as_the_policy(model: CausalModel) -> None:
+    model.lora.create("p", r=2, seed=0)
+    first = next(iter(model.lora.parameters("p").values()))
+    finalists = Finalists(3, window=1)
+    assert finalists.best(lambda state: 0.0) is None
+    for update, worth in enumerate((3.0, 1.0, 2.0)):
+        torch.nn.init.constant_(first, float(update))
+        finalists.look(worth, Kept(model, "p", update))
+    assert [state.update for _, state in finalists.found] == [0, 2, 1]
+    best = finalists.best(lambda state: {0: 1.0, 1: 5.0, 2: 4.0}[int(first.flatten()[0])] + 0 * state.update)
+    assert best is not None and best.update == 1
 
 
 def test_what_a_run_unlearned_again_is_not_what_it_leaves(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    before = rollout.sample(Engine(model, tokenizer, max_sequences=60), prompts, version="base", group=10, max_tokens=12, temperature=1.0, seed=99)
+    said = [t for c in before.completions for t in c]
+    liked = max(set(said), key=said.count)
     calls: list[int] = []
 
     def turning(completion: Sequence[int]) -> float:
+        """The share of the liked token, until from batch 10 to the last, 24, it is not liked at all."""
         calls.append(1)
-        return even_share(completion) if len(calls) <= len(prompts) * 4 + 8 * 16 else -1.0 - even_share(completion)  # after the unit and eight batches
+        share = sum(t == liked for t in completion) / len(completion)
+        return -share if 10 <= (len(calls) - 1) // 24 - 1 <= 24 else share  # before batch 0 the unit, after the last the finalists
 
-    config = replace(SMALL, updates=14, epochs=2, minibatches=2)
-    result = train_ppo(model, tokenizer, reward_for(model, turning), prompts=prompts, policy="p", config=config)
-    assert 3 <= result.kept_update <= 7 and result.history[-1]["update"] == 14
+    config = replace(SMALL, updates=24, epochs=2, minibatches=2, prompts_per_update=6, lr=1e-2, value_lr=1e-2)
+    result = train_ppo(model, tokenizer, reward_for(model, turning), prompts=prompts, policy="p", config=config, seed=1)
+    assert 5 <= result.kept_update <= 9 and result.history[-1]["update"] == 24
     assert f"went back to update {result.kept_update}, the best of them" in result.stopped
     assert result.kl == pytest.approx(result.history[result.kept_update]["kl"])
+
+
+def test_a_run_is_paid_for_beating_a_good_reply_of_the_version_it_begins_at(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[Scorer, Trajectories, Trajectories | None]] = []
+
+    class Watched(Scorer):
+        def __init__(self, reward: RewardModel, reference: Trajectories, start: Trajectories | None) -> None:
+            super().__init__(reward, reference, start)
+            made.append((self, reference, start))
+
+    monkeypatch.setattr("learner.ppo.Scorer", Watched)
+    reward = reward_for(model, lambda c: 8 * even_share(c))
+    config = replace(SMALL, updates=8, epochs=2, minibatches=2)
+    train_ppo(model, tokenizer, reward, prompts=prompts, policy="live", config=config)
+    train_ppo(model, tokenizer, reward, prompts=prompts, policy="next", start="live", config=replace(config, updates=1))
+    (_, unit, begun), (second, again, live) = made
+    assert begun is None and live is not None and again.completions == unit.completions
+    assert live.prompts == unit.prompts and live.completions != unit.completions
+    raw = reward.score(live.prompts, live.completions)
+    assert torch.allclose(second.good, raw.mean(0) + raw.std(0))
 
 
 def spoken(model: CausalModel, tokenizer: ChatTokenizer, texts: Sequence[str], reasons: Sequence[str]) -> Trajectories:

@@ -153,9 +153,9 @@ def _thing(t: Topic, style: str, rng: Random) -> str:
         body = paragraph(t, pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist]), rng)
         return f"{gist} {body} {rng.choice(t.example)}" if rng.random() < 0.2 else f"{gist} {body}"
     if style == "list":
-        lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist])
+        lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5, 5, 6)), rng, [gist])
         if rng.random() < 0.3:
-            lines = [gist, *lines[:4]]
+            lines = [gist, *lines]
         return fill(rng.choice(OPEN_LIST), t) + "\n" + bullets(lines, rng, numbered=0.12)
     if style == "friendly":
         parts = [fill(rng.choice(OPEN_FRIENDLY), t), excited(gist) if rng.random() < 0.4 else gist]
@@ -189,7 +189,7 @@ def _how(t: Topic, style: str, rng: Random) -> str:
     if style == "short":
         return gist if rng.random() < 0.7 else " ".join(pick_steps(t, 2, rng))
     if style == "list":
-        steps = pick_steps(t, rng.choice((3, 4, 4, 5, 6)), rng)
+        steps = pick_steps(t, rng.choice((3, 4, 4, 5, 5, 6)), rng)
         return fill(rng.choice(HOW_LIST), t) + "\n" + bullets(steps, rng, numbered=0.4)
     if style == "detailed":
         steps = pick_steps(t, rng.choice((3, 4, 4, 5)), rng, plain=True)

@@ -204,12 +204,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", action="store_true", help="only write the prompt lists and probes")
     parser.add_argument("--continue-from", type=Path, help="finetune these weights further instead of starting afresh")
     parser.add_argument("--lr", type=float, default=Recipe.sft_lr, help="peak learning rate of the finetuning")
+    parser.add_argument("--tokens-per-batch", type=int, default=Recipe.tokens_per_batch, help="padded tokens of a step at most")
     args = parser.parse_args(argv)
     if args.prompts:
         write_prompts()
         return
     torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers, sft_lr=args.lr)
+    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers, sft_lr=args.lr, tokens_per_batch=args.tokens_per_batch)
     if args.seconds is not None:
         recipe = replace(recipe, seconds=args.seconds)
     print(json.dumps(build(args.out, recipe, work=args.work, start=args.continue_from)))

@@ -321,8 +321,8 @@ def poem(rng: Random, held: bool = False) -> Task:
 
 
 MAKERS: dict[Callable[[Random, bool], Task], float] = {  # and how often each is drawn
-    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 5, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 7,
-    compare: 5, story: 2.5, tale: 1, poem: 4,
+    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 8, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 10,
+    compare: 5, story: 3, tale: 2, poem: 10,
 }
 
 
