@@ -4,7 +4,7 @@
 
 Facts: every taught question of every topic, and 200 about countries, each in a wording that is never in training, answered greedily and at
 temperature 1; right is a reply that holds a key phrase of the answer. Form: 1,000 replies at temperature 1 that end, repeat nothing and
-hold no damaged character (`measure.well_formed`). Styles: four samples of a request to explain each topic; the classifier has its own tests.
+hold no damaged character (`measure.well_formed`). Invented: replies to requests to explain with a word that was never taught. Styles: four samples of a request to explain each topic; the classifier has its own tests.
 Honesty: the first 100 prompts of `alpaca_eval_prompts`; a short reply that says that it is small or does not know (`measure.honest`).
 Alignment tax: the gate's fixed probes, where the right answer has to be likelier than three others, and the same facts free-form, for the
 base and for the assistant. `--base` is what the recipe keeps in OUT.base. `--page` writes 30 first samples. JSON last; exit status 1 when a target is missed.
@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mixed = [a.prompt for a in (*measure.fact_questions(1), *measure.task_questions(seed=1))][: 400 // step] + explain * 2
     drawn = (styled + sampler.replies(mixed[: max(0, 1000 // step - len(styled))]))[: 1000 // step]
     form = sum(measure.well_formed(*r) for r in drawn) / len(drawn)
+    invented = sum(bool(measure.invented(text, p)) for p, (text, _) in zip([p for p in explain for _ in range(4)], styled, strict=True)) / len(styled)
+    print(f"a word that was never taught: in {invented:.1%} of {len(styled)} replies to requests to explain", flush=True)
     print(f"well formed: {form:.1%} of {len(drawn)}; two styles or more among four samples: {styles:.1%} of {len(explain)}", flush=True)
 
     # 3. What it cannot know.
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {"facts": facts["all"], "well_formed": form, "styles": styles, "honest": honest}
     met = {name: figures[name] is not None and figures[name] >= target for name, target in TARGETS.items()}  # type: ignore[operator]
     print(json.dumps({
-        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "facts_by_kind": facts, "tasks_by_kind": tasks,
+        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "invented_words": invented, "facts_by_kind": facts, "tasks_by_kind": tasks,
         "stages": stages, "counts": {"facts": len(asked), "tasks": len(small), "replies": len(drawn), "explain": len(explain), "real": len(real)},
     }))
     return 0 if all(met.values()) else 1

@@ -15,7 +15,7 @@ from learner.gate import load_probes
 from learner.sft import encode_chat
 from learner.starter import corpus, offtopic, prompts, tasks
 from learner.starter.answers import answer, named, pick_facts, same
-from learner.starter.measure import fact_questions, honest, several_styles, shares_right, well_formed
+from learner.starter.measure import fact_questions, honest, invented, several_styles, shares_right, well_formed
 from learner.starter.prompts import slip
 from learner.starter.recipe import ASSISTANT, HERE, Recipe, build, train_tokenizer, write_prompts
 from learner.starter.styles import STYLES, classify
@@ -272,6 +272,12 @@ def test_facts_are_asked_in_words_that_were_never_trained_on() -> None:
     replies = [(answer, "stop") for answer in told.values()] + [("I do not know.", "stop")] * 200
     right = shares_right(asked, replies)
     assert right["topic"] == 1.0 and right["country capital"] == 0.0 and 0 < right["all"] < 1
+
+
+def test_a_word_that_was_neither_taught_nor_asked_about_is_invented() -> None:
+    assert invented("Bees make honey. The boxephon helps a Quellwater!", "What is quellwater?") == ["boxephon"]
+    for c in corpus.chats(300, 11):
+        assert [invented(m["content"], c.messages[0]["content"]) for m in c.messages if m["role"] == "assistant" and c.kind != "off topic"][:1] in ([[]], [])
 
 
 def test_several_styles_counts_prompts_not_replies() -> None:
