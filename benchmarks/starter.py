@@ -7,7 +7,7 @@ temperature 1; right is a reply that holds a key phrase of the answer. Form: 1,0
 hold no damaged character (`measure.well_formed`). Invented: replies to requests to explain with a word that was never taught. Styles: four samples of a request to explain each topic; the classifier has its own tests.
 Honesty: the first 100 prompts of `alpaca_eval_prompts`; a short reply that says that it is small or does not know (`measure.honest`).
 Alignment tax: the gate's fixed probes, where the right answer has to be likelier than three others, and the same facts free-form, for the
-base and for the assistant. `--base` is what the recipe keeps in OUT.base. `--page` writes 30 first samples. JSON last; exit status 1 when a target is missed.
+base and for the assistant. `--base` is what the recipe keeps in OUT.base. `--page` writes 28 first samples, the base's as they stand there if it is not given. JSON last; exit status 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from learner.starter.recipe import ASSISTANT
 PROMPTS = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval_prompts.jsonl.gz"
 LECTURE = "Explain the moon landing to a 6 year old in a few sentences."
 TARGETS = {"facts": 0.90, "well_formed": 0.95, "styles": 0.80, "honest": 0.80}
+TASKS = (
+    "Tell me what 40 / 5 is.", "I need a rhyme for hit.", "What is the plural form of sandwich?", "Do you know a word that rhymes with knit?",
+    "Please convert 10 centuries into years.", "Could you give me three herbs and spices?",
+)
 PAGE = """# The starter model, unedited
 
-Thirty prompts, the first sample of each at temperature 1, seed 0, nothing picked or mended. On the left the base, which has only been
+Twenty-eight prompts, the first sample of each at temperature 1, seed 0, nothing picked or mended. On the left the base, which has only been
 pretrained on plain text and goes on with what it is given; on the right the assistant, after instruction finetuning. Made by
 `python -m benchmarks.starter --base DIR --page docs/starter.md`.
 
@@ -49,14 +53,23 @@ def real_prompts(count: int) -> list[str]:
 
 
 def page_prompts() -> list[str]:
-    """Thirty prompts: the lecture's own, greetings, and one of every so many facts, tasks and requests to explain."""
-    some = [a.prompt for a in measure.fact_questions()][::97][:9] + [a.prompt for a in measure.task_questions()][::50][:6]
+    """Twenty-eight prompts, the same for every starter: the lecture's own, greetings, one of every so many facts and requests to explain, tasks."""
+    some = [a.prompt for a in measure.fact_questions()][::97][:9] + list(TASKS)
     return [LECTURE, "Hello!", "Who are you?", "What is Plaudit?", "I feel sad today.", "Tell me a joke.", "Write a poem about the sea.", *some,
-            *measure.explain_prompts()[::60][:6], "What will the weather be tomorrow?", "Write a Python function that sorts a list."][:30]
+            *measure.explain_prompts()[::60][:6], "What will the weather be tomorrow?", "Write a Python function that sorts a list."]
 
 
 def cell(text: str) -> str:
     return text.strip().replace("|", "\\|").replace("\n", "<br>")
+
+
+def base_cells(page: Path) -> list[str]:
+    """The base's column of a page that was written before, for the same prompts; [] where there is none."""
+    if not page.exists():
+        return []
+    rows = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+    found = {row[0].removeprefix("| "): row[1] for row in rows}
+    return [found[p] for p in map(cell, page_prompts())] if found.keys() >= set(map(cell, page_prompts())) else []
 
 
 def told_apart(source: Path) -> float:
@@ -68,9 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ASSISTANT)
     parser.add_argument("--base", type=Path, help="the pretrained checkpoint, to set beside it")
-    parser.add_argument("--page", type=Path, help="write 30 first samples to this file")
+    parser.add_argument("--page", type=Path, help="write 28 first samples to this file")
     parser.add_argument("--quick", action="store_true", help="a fifth of everything")
     args = parser.parse_args(argv)
+    if args.page and not (args.base or base_cells(args.page)):
+        parser.error("--page needs --base, to set it beside the assistant: the page does not hold its replies yet")
     step = 5 if args.quick else 1
     sampler = Sampler(args.model)
     base = Sampler(args.base) if args.base else None
@@ -113,10 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages[name] = {"loss_replies": one.loss(chats), "loss_text": one.loss(texts), "multiple_choice": told_apart(source), "free_form": free}
             print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in stages[name].items()), flush=True)
     if args.page:
-        if base is None:
-            parser.error("--page needs --base, to set it beside the assistant")
-        rows = zip(page_prompts(), base.replies(page_prompts(), chat=False), sampler.replies(page_prompts()), strict=True)
-        args.page.write_text(PAGE + "".join(f"| {cell(p)} | {cell(b)} | {cell(a)} |\n" for p, (b, _), (a, _) in rows), encoding="utf-8")
+        before = [cell(text) for text, _ in base.replies(page_prompts(), chat=False)] if base else base_cells(args.page)
+        rows = zip(page_prompts(), before, sampler.replies(page_prompts()), strict=True)
+        args.page.write_text(PAGE + "".join(f"| {cell(p)} | {b} | {cell(a)} |\n" for p, b, (a, _) in rows), encoding="utf-8")
 
     figures = {"facts": facts["all"], "well_formed": form, "styles": styles, "honest": honest}
     met = {name: figures[name] is not None and figures[name] >= target for name, target in TARGETS.items()}  # type: ignore[operator]
