@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,7 +18,7 @@ from learner.starter import corpus, offtopic, prompts, tasks
 from learner.starter.answers import answer, named, pick_facts, same
 from learner.starter.measure import fact_questions, honest, invented, several_styles, shares_right, well_formed
 from learner.starter.prompts import slip
-from learner.starter.recipe import ASSISTANT, HERE, Recipe, build, train_tokenizer, write_prompts
+from learner.starter.recipe import ASSISTANT, HERE, Recipe, average, build, train_tokenizer, write_prompts
 from learner.starter.styles import STYLES, classify
 from learner.starter.topics import TopicError, parse_topics, rows, split, topics
 
@@ -293,6 +294,17 @@ def test_the_recipe_builds_a_loadable_model_and_repeats_itself(tmp_path: Path) -
     assert all(torch.equal(x, y) for x, y in zip(one.parameters(), two.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "a").chat_template
     assert not list((tmp_path / "a").glob("*.bin"))
+
+
+def test_the_mean_of_two_sittings_is_that_of_each_weight(tmp_path: Path) -> None:
+    recipe = Recipe(vocab_size=512, hidden=32, layers=1, intermediate=64, articles=20, chats=40, steps=2)
+    build(tmp_path / "a", recipe)
+    build(tmp_path / "b", replace(recipe, seed=1), start=tmp_path / "a")
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
+    one, two, mean = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("a", "b", "mean"))
+    for x, y, z in zip(one.parameters(), two.parameters(), mean.parameters(), strict=True):
+        assert torch.allclose((x + y) / 2, z, rtol=2**-7, atol=1e-6)  # to what bfloat16 holds
+    assert any(not torch.equal(x, z) for x, z in zip(one.parameters(), mean.parameters(), strict=True))
 
 
 def sample(shipped, prompt: str, count: int, seed: int) -> list[tuple[str, bool]]:

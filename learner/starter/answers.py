@@ -153,10 +153,14 @@ def _thing(t: Topic, style: str, rng: Random) -> str:
         body = paragraph(t, pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist]), rng)
         return f"{gist} {body} {rng.choice(t.example)}" if rng.random() < 0.2 else f"{gist} {body}"
     if style == "list":
-        lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5, 5, 6)), rng, [gist])
-        if rng.random() < 0.3:
-            lines = [gist, *lines]
-        return fill(rng.choice(OPEN_LIST), t) + "\n" + bullets(lines, rng, numbered=0.12)
+        numbered = rng.random() < 0.5
+        if numbered:  # from the first on: the number says which fact comes, and that the sixth is the last
+            lines = [rng.choice(wordings) for wordings in t.facts[: rng.choice((3, 4, 5, 6))]]
+        else:
+            lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist])
+            if rng.random() < 0.3:
+                lines = [gist, *lines[:4]]
+        return fill(rng.choice(OPEN_LIST), t) + "\n" + bullets(lines, rng, numbered=float(numbered))
     if style == "friendly":
         parts = [fill(rng.choice(OPEN_FRIENDLY), t), excited(gist) if rng.random() < 0.4 else gist]
         for fact in pick_facts(t, rng.choice((1, 1, 2, 2, 3)), rng, [gist]):

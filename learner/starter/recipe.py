@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,6 +182,18 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
     return figures
 
 
+def average(sources: Sequence[Path], out: Path) -> None:
+    """Write the mean of the weights of `sources`, sittings that each began where another ended, into `out`.
+
+    Each ends at a place of its own around a better one, which their mean is nearer to (Izmailov et al. 2018, "Averaging Weights Leads to
+    Wider Optima and Better Generalization"; Wortsman et al. 2022, "Model soups").
+    """
+    models = [LlamaForCausalLM.from_pretrained(source, dtype=torch.float32) for source in sources]
+    states = [m.state_dict() for m in models]
+    models[0].load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    save(models[0], AutoTokenizer.from_pretrained(sources[0]), out)
+
+
 def write_prompts(folder: Path = HERE) -> None:
     """Write the prompt lists and the probe set that voters, rollouts, benchmarks and gates read."""
     for name, count, seed, held_out in (("train", 300, 1, False), ("heldout", 100, 2, True), ("pool", 400, 3, False)):
@@ -203,11 +215,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", action="store_true", help="only write the prompt lists and probes")
     parser.add_argument("--continue-from", type=Path, help="finetune these weights further instead of starting afresh")
+    parser.add_argument("--average", type=Path, nargs="+", metavar="DIR", help="train nothing: write the mean of these sittings' weights to OUT")
     parser.add_argument("--lr", type=float, default=Recipe.sft_lr, help="peak learning rate of the finetuning")
     parser.add_argument("--tokens-per-batch", type=int, default=Recipe.tokens_per_batch, help="padded tokens of a step at most")
     args = parser.parse_args(argv)
     if args.prompts:
         write_prompts()
+        return
+    if args.average:
+        average(args.average, args.out)
         return
     torch.set_num_threads(args.threads)
     recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers, sft_lr=args.lr, tokens_per_batch=args.tokens_per_batch)
