@@ -16,7 +16,14 @@ from learner.gate import load_probes
 from learner.sft import encode_chat
 from learner.starter import corpus, offtopic, prompts, tasks
 from learner.starter.answers import answer, named, pick_facts, same
-from learner.starter.measure import fact_questions, honest, invented, several_styles, shares_right, well_formed
+from learner.starter.measure import (
+    fact_questions,
+    honest,
+    invented,
+    several_styles,
+    shares_right,
+    well_formed,
+)
 from learner.starter.prompts import slip
 from learner.starter.recipe import ASSISTANT, HERE, Recipe, average, build, train_tokenizer, write_prompts
 from learner.starter.styles import STYLES, classify
