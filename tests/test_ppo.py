@@ -233,12 +233,12 @@ def test_of_the_finalists_the_best_is_found_by_asking_each_as_the_policy(model: 
     model.lora.create("p", r=2, seed=0)
     first = next(iter(model.lora.parameters("p").values()))
     finalists = Finalists(3, window=1)
-    assert finalists.best(lambda state: 0.0) is None
+    assert finalists.best(lambda _: 0.0) is None
     for update, worth in enumerate((3.0, 1.0, 2.0)):
         torch.nn.init.constant_(first, float(update))
         finalists.look(worth, Kept(model, "p", update))
     assert [state.update for _, state in finalists.found] == [0, 2, 1]
-    best = finalists.best(lambda state: {0: 1.0, 1: 5.0, 2: 4.0}[int(first.flatten()[0])] + 0 * state.update)
+    best = finalists.best(lambda _: {0: 1.0, 1: 5.0, 2: 4.0}[int(first.flatten()[0])])
     assert best is not None and best.update == 1
 
 

@@ -25,7 +25,16 @@ from learner.starter.measure import (
     well_formed,
 )
 from learner.starter.prompts import slip
-from learner.starter.recipe import ASSISTANT, HERE, Recipe, average, build, train_tokenizer, write_prompts
+from learner.starter.recipe import (
+    ASSISTANT,
+    HERE,
+    Recipe,
+    average,
+    build,
+    main,
+    train_tokenizer,
+    write_prompts,
+)
 from learner.starter.styles import STYLES, classify
 from learner.starter.topics import TopicError, parse_topics, rows, split, topics
 
@@ -285,7 +294,15 @@ def test_facts_are_asked_in_words_that_were_never_trained_on() -> None:
 def test_a_word_that_was_neither_taught_nor_asked_about_is_invented() -> None:
     assert invented("Bees make honey. The boxephon helps a Quellwater!", "What is quellwater?") == ["boxephon"]
     for c in corpus.chats(300, 11):
-        assert [invented(m["content"], c.messages[0]["content"]) for m in c.messages if m["role"] == "assistant" and c.kind != "off topic"][:1] in ([[]], [])
+        asked = " ".join(m["content"] for m in c.messages if m["role"] != "assistant")
+        assert [w for m in c.messages if m["role"] == "assistant" for w in invented(m["content"], asked)] == []
+
+
+@pytest.mark.parametrize("option", ["--average", "--continue-from"])
+def test_weights_that_are_not_there_are_named(tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([option, str(tmp_path / "gone"), "--out", str(tmp_path / "out")])
+    assert "gone is not the directory of a sitting" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_several_styles_counts_prompts_not_replies() -> None:

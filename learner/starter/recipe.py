@@ -219,6 +219,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=Recipe.sft_lr, help="peak learning rate of the finetuning")
     parser.add_argument("--tokens-per-batch", type=int, default=Recipe.tokens_per_batch, help="padded tokens of a step at most")
     args = parser.parse_args(argv)
+    for given in (*(args.average or ()), *([args.continue_from] if args.continue_from else ())):
+        if not (given / "config.json").is_file():
+            parser.error(f"{given} is not the directory of a sitting: it has no config.json")
     if args.prompts:
         write_prompts()
         return
