@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,14 +89,23 @@ class Adapter:
 
     def stack(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
         """(A (R, in), B^T (R, out)), as `engine/mixture.py` lays adapters end to end; None when it does not touch `linear`."""
-        if (kept := self.stacked.get(linear)) is not None or (fused := self.fused(linear)) is None:
+        if (kept := self.stacked.get(linear)) is not None:
             return kept
-        return fused[0].detach(), fused[1].detach().T.contiguous()
+        downs = [self.pairs[part.path][0].detach() for part in linear.parts if part.path in self.pairs]
+        if not downs:
+            return None
+        b, row, column = linear.weight.new_zeros(len(downs) * self.r, len(linear.weight)), 0, 0
+        for part in linear.parts:
+            if part.path in self.pairs:
+                torch.mul(self.pairs[part.path][1].detach().T, self.scaling, out=b[row : row + self.r, column : column + part.size])
+                row += self.r
+            column += part.size
+        return (downs[0] if len(downs) == 1 else torch.cat(downs)).to(b), b
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor with a NaN or infinite number, or None. A finite sum has finite terms: one quick look at each."""
-    if torch.stack([t.detach().sum() for t in tensors.values()]).sum().isfinite():
+    """The name of a tensor with a NaN or infinite number, or None. A finite sum has finite terms: one quick look at all."""
+    if torch.cat([t.detach().flatten() for t in tensors.values()]).sum().isfinite():
         return None
     return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
@@ -221,7 +230,7 @@ class LoraBank:
                 f"{path / CONFIG} lacks a usable r, lora_alpha or target_modules ({error!r})"
             ) from error
         try:
-            tensors = load_file(path / WEIGHTS)
+            tensors = load((path / WEIGHTS).read_bytes())  # a small file of many tensors is slow to read one by one
         except FileNotFoundError as error:
             raise AdapterError(f"{path} has no {WEIGHTS}: save the adapter as safetensors") from error
         except (SafetensorError, OSError) as error:

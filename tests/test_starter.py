@@ -329,6 +329,17 @@ def test_the_mean_of_two_sittings_is_that_of_each_weight(tmp_path: Path) -> None
     for x, y, z in zip(one.parameters(), two.parameters(), mean.parameters(), strict=True):
         assert torch.allclose((x + y) / 2, z, rtol=2**-7, atol=1e-6)  # to what bfloat16 holds
     assert any(not torch.equal(x, z) for x, z in zip(one.parameters(), mean.parameters(), strict=True))
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "sharp", sharpen=1.25)
+    sharp, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "sharp", dtype=torch.float32), torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(sharp(ids).logits, 1.25 * mean(ids).logits, rtol=2**-6, atol=0.02)
+
+
+@pytest.mark.parametrize("wrong", [["--sharpen", "1.1"], ["--sharpen", "0", "--average", str(ASSISTANT)]])
+def test_sharpening_without_a_mean_or_by_nothing_is_refused(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*wrong, "--out", str(tmp_path / "out")])
+    assert "goes with --average" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def sample(shipped, prompt: str, count: int, seed: int) -> list[tuple[str, bool]]:

@@ -13,7 +13,7 @@ from learner.starter.styles import STYLES
 from learner.starter.topics import DATA, Topic, topics
 
 KINDS = {  # and how many in a hundred conversations
-    "topic": 20, "question": 18, "child": 4, "example": 2, "task": 23, "small talk": 12, "off topic": 12, "near topic": 3, "follow-up": 6,
+    "topic": 20, "question": 17, "child": 4, "example": 2, "task": 26, "small talk": 11, "off topic": 11, "near topic": 3, "follow-up": 6,
 }
 
 

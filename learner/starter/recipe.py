@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -25,8 +27,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from learner.sft import Example, SFTConfig, TrainResult, encode_chat, encode_text, fast_bf16, train
-from learner.starter import corpus
+from learner.sft import (
+    Example,
+    SFTConfig,
+    TrainResult,
+    encode_chat,
+    encode_text,
+    fast_bf16,
+    token_loss,
+    train,
+)
+from learner.starter import corpus, repeats
+from learner.starter.repeats import Unlikely
 
 HERE = Path(__file__).parent
 ASSISTANT = HERE / "assistant"
@@ -59,6 +71,7 @@ class Recipe:
     tokens_per_batch: int = 2048
     lr: float = 3e-3
     sft_lr: float = 3e-3
+    unlikely: float = 0.0  # what the finetuning pays for finding a repeated sentence likely (`repeats.py`)
     muon: bool = True
     bf16: bool = field(default_factory=fast_bf16)
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -139,11 +152,12 @@ def progress_bar(label: str) -> Iterator:
 
 
 def stage(
-    name: str, model: LlamaForCausalLM, examples: list[Example], config: SFTConfig, work: Path, pad_id: int
+    name: str, model: LlamaForCausalLM, examples: list[Example], config: SFTConfig, work: Path, pad_id: int,
+    loss_of: Callable[[Any, Tensor, Tensor], Tensor] = token_loss,
 ) -> TrainResult:
     """One stage, with its checkpoint in `work`; a finished stage is not run again."""
     with progress_bar(name) as show:
-        result = train(model, examples, config, pad_id=pad_id, checkpoint=work / f"{name}.pt", on_step=show)
+        result = train(model, examples, config, pad_id=pad_id, checkpoint=work / f"{name}.pt", on_step=show, loss_of=loss_of)
     print(f"{name}: {result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s, loss {result.loss:.3f}", flush=True)
     return result
 
@@ -177,20 +191,25 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
         texts = [encode_text(tokenizer, a) for a in corpus.articles(recipe.articles, recipe.seed)]
         figures["pretraining"] = stage("pretraining", model, texts, config(share, recipe.lr), work, pad_id).__dict__
         save(model, tokenizer, out.with_name(out.name + ".base"))
-    figures["finetuning"] = stage("finetuning", model, chats, config(1 - share, recipe.sft_lr), work, pad_id).__dict__
+    loss_of = token_loss
+    if recipe.unlikely:
+        loss_of = Unlikely(repeats.examples(tokenizer, recipe.chats // 6, recipe.seed), recipe.unlikely, pad_id, recipe.tokens_per_batch // 2, recipe.seed)
+    figures["finetuning"] = stage("finetuning", model, chats, config(1 - share, recipe.sft_lr), work, pad_id, loss_of).__dict__
     save(model, tokenizer, out)
     return figures
 
 
-def average(sources: Sequence[Path], out: Path) -> None:
+def average(sources: Sequence[Path], out: Path, sharpen: float = 1.0) -> None:
     """Write the mean of the weights of `sources`, sittings that each began where another ended, into `out`.
 
     Each ends at a place of its own around a better one, which their mean is nearer to (Izmailov et al. 2018, "Averaging Weights Leads to
-    Wider Optima and Better Generalization"; Wortsman et al. 2022, "Model soups").
+    Wider Optima and Better Generalization"; Wortsman et al. 2022, "Model soups"). sharpen: every logit times this, by way of the last
+    norm's weight: sampled at temperature 1, the result is what it was at 1 / sharpen (temperature scaling, Guo et al. 2017).
     """
     models = [LlamaForCausalLM.from_pretrained(source, dtype=torch.float32) for source in sources]
     states = [m.state_dict() for m in models]
     models[0].load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    models[0].model.norm.weight.data *= sharpen
     save(models[0], AutoTokenizer.from_pretrained(sources[0]), out)
 
 
@@ -216,20 +235,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", action="store_true", help="only write the prompt lists and probes")
     parser.add_argument("--continue-from", type=Path, help="finetune these weights further instead of starting afresh")
     parser.add_argument("--average", type=Path, nargs="+", metavar="DIR", help="train nothing: write the mean of these sittings' weights to OUT")
+    parser.add_argument("--sharpen", type=float, default=1.0, metavar="S", help="with --average: every logit times S, so that fewer replies go astray at temperature 1")
     parser.add_argument("--lr", type=float, default=Recipe.sft_lr, help="peak learning rate of the finetuning")
+    parser.add_argument("--unlikely", type=float, default=0.0, metavar="W", help="W times the unlikelihood of repeated sentences is added to the finetuning's loss")
     parser.add_argument("--tokens-per-batch", type=int, default=Recipe.tokens_per_batch, help="padded tokens of a step at most")
     args = parser.parse_args(argv)
     for given in (*(args.average or ()), *([args.continue_from] if args.continue_from else ())):
         if not (given / "config.json").is_file():
             parser.error(f"{given} is not the directory of a sitting: it has no config.json")
+    if args.sharpen <= 0 or (args.sharpen != 1 and not args.average):
+        parser.error("--sharpen takes a number above 0, and goes with --average")
     if args.prompts:
         write_prompts()
         return
     if args.average:
-        average(args.average, args.out)
+        average(args.average, args.out, args.sharpen)
         return
     torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers, sft_lr=args.lr, tokens_per_batch=args.tokens_per_batch)
+    recipe = Recipe(steps=args.steps, seed=args.seed, layers=args.layers, sft_lr=args.lr, unlikely=args.unlikely, tokens_per_batch=args.tokens_per_batch)
     if args.seconds is not None:
         recipe = replace(recipe, seconds=args.seconds)
     print(json.dumps(build(args.out, recipe, work=args.work, start=args.continue_from)))

@@ -1,4 +1,4 @@
-"""Small tasks that the starter model is taught: countries, sums, units, words, rewriting, lists, comparisons, stories, poems.
+"""Small tasks that the starter model is taught: countries, sums, units, words, rewriting, lists of things or facts, comparisons, stories, poems.
 
 Each maker draws one task: what is asked, in a training or a held-out wording, and a right reply. Content is in `data/`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from learner.starter.answers import pick_facts
+from learner.starter.answers import OPEN_LIST, bullets, fill, pick_facts
 from learner.starter.topics import rows, split, topics
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -275,6 +275,18 @@ def listing(rng: Random, held: bool = False) -> Task:
     return Task("list", prompt, reply, tuple(key(item) for item in pool))
 
 
+def facts(rng: Random, held: bool = False) -> Task:
+    """As many facts about a thing as are asked for, from its first on: two to six."""
+    t = rng.choice([t for t in topics() if not t.how])
+    count = rng.choice((2, 3, 3, 4, 5, 5, 6))
+    prompt = wording(rng, (
+        "Give me {k} facts about {n}.", "Tell me {k} facts about {n}.", "List {k} facts about {n}.", "{k} facts about {n}", "Name {k} things to know about {n}.",
+        "What are {k} things to know about {n}?", "Write down {k} facts about {n}.", "I need {k} facts about {n}.", "Make a list of {k} facts about {n}.",
+    ), ("Please give me a list of {k} facts about {n}.", "Could you tell me {k} facts about {n}?"), held, k=rng.choice((NUMBERS[count], str(count))), n=t.name)
+    lines = bullets([rng.choice(wordings) for wordings in t.facts[:count]], rng, numbered=0.6)
+    return Task("facts", title(prompt), lines if rng.random() < 0.5 else fill(rng.choice(OPEN_LIST), t) + "\n" + lines)
+
+
 def compare(rng: Random, held: bool = False) -> Task:
     """Two things of one area: what each is, and a fact of each."""
     things = [t for t in topics() if not t.how]
@@ -290,7 +302,7 @@ def compare(rng: Random, held: bool = False) -> Task:
     facts = [pick_facts(t, 1, rng, [gist])[0] for t, gist in zip((one, two), gists, strict=True)]
     if rng.random() < 0.5:
         return Task("compare", prompt, f"{gists[0]} {facts[0]} {gists[1]} {facts[1]}")
-    return Task("compare", prompt, "Here is how they differ:\n" + "\n".join(f"- {gist}" for gist in gists))
+    return Task("compare", prompt, f"{one.title} and {two.name}, side by side:\n" + "\n".join(f"- {gist}" for gist in gists))
 
 
 def story(rng: Random, held: bool = False) -> Task:
@@ -321,7 +333,7 @@ def poem(rng: Random, held: bool = False) -> Task:
 
 
 MAKERS: dict[Callable[[Random, bool], Task], float] = {  # and how often each is drawn
-    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 8, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 10,
+    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 8, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 10, facts: 30,
     compare: 5, story: 3, tale: 2, poem: 10,
 }
 

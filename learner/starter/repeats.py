@@ -1,0 +1,78 @@
+"""Against saying a thing twice: replies that go on with what they have just said, and the loss that makes them unlikely.
+
+A small model that does not know which fact comes next falls back on one of the topic's, now and then the one it has just told. The
+likelihood of the corpus hardly minds. This is unlikelihood training (Welleck et al. 2020, "Neural Text Generation with Unlikelihood
+Training", Eq. 7) of whole sentences: their probability is what counts, so those that the model would never say weigh nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.sft import IGNORE, Example, collate, encode_chat, stream, token_loss
+from learner.starter import corpus
+
+ITEM = re.compile(r"^(?:-|(\d+)\.) (.+)$")
+BETWEEN = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+
+
+def repeated(reply: str, rng: Random) -> tuple[str, str, str] | None:
+    """(how a reply begins, what lies between, what it has said before and says again); None for less than three sentences or two items.
+
+    In a list the next item's mark lies between.
+    """
+    lines = reply.split("\n")
+    items = [m for line in lines if (m := ITEM.match(line))]
+    if len(items) >= 2:
+        said = rng.randint(1, len(items))
+        head = lines[: lines.index(items[said - 1].group()) + 1]
+        mark = f"{int(items[said - 1][1]) + 1}." if items[0][1] else "-"
+        return "\n".join(head), f"\n{mark}", f" {rng.choice(items[:said])[2]}"
+    sentences = BETWEEN.split(reply)
+    if len(lines) > 1 or len(sentences) < 3:
+        return None
+    said = rng.randint(2, len(sentences))
+    return " ".join(sentences[:said]), "", f" {rng.choice(sentences[:said])}"
+
+
+def examples(tokenizer: Any, count: int, seed: int) -> list[Example]:
+    """Chats of the corpus whose last reply says something again; loss on that alone."""
+    rng, out = Random(f"repeats/{seed}"), list[Example]()
+    while len(out) < count:
+        messages = corpus.chat(rng).messages
+        if (found := repeated(messages[-1]["content"], rng)) is None:
+            continue
+        begun, between, again = found
+        start = encode_chat(tokenizer, [*messages[:-1], {"role": "assistant", "content": begun}]).ids[:-1]  # without the end of the turn
+        start += tuple(tokenizer.encode(between, add_special_tokens=False)) if between else ()
+        span = tokenizer.encode(again, add_special_tokens=False)
+        out.append(Example((*start, *span), (False,) * len(start) + (True,) * len(span)))
+    return out
+
+
+def probability(model: Any, rows: Sequence[Example], pad_id: int) -> Tensor:
+    """(B,): how likely the model, a transformers causal LM, is to say what carries loss in each row, from its first token to its last."""
+    ids, targets = collate(rows, pad_id)
+    hidden = model.model(input_ids=ids.to(model.device)).last_hidden_state
+    told = targets.to(model.device) != IGNORE
+    at = model.lm_head(hidden[told]).float().log_softmax(-1).gather(-1, targets.to(model.device)[told][:, None])[:, 0]
+    return torch.zeros(len(rows), device=model.device).index_add(0, told.nonzero()[:, 0], at).exp()
+
+
+class Unlikely:
+    """A loss for `learner.sft.train`: the corpus's, and `weight` times the unlikelihood -log(1 - p) of repeated sentences, in the mean."""
+
+    def __init__(self, rows: Sequence[Example], weight: float, pad_id: int, tokens: int, seed: int) -> None:
+        self.rows, self.weight, self.pad_id = rows, weight, pad_id
+        self.batches = stream(rows, tokens, seed)
+
+    def __call__(self, model: Any, ids: Tensor, targets: Tensor) -> Tensor:
+        """As `learner.sft.token_loss`."""
+        p = probability(model, [self.rows[i] for i in next(self.batches)], self.pad_id)
+        return token_loss(model, ids, targets) - self.weight * torch.log1p(-p.clamp(max=1 - 1e-6)).mean()

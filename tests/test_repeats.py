@@ -1,0 +1,88 @@
+"""Unlikelihood of repeated sentences: what is made of a reply, the probability against a naive product, and that training lowers it."""
+
+from random import Random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from learner.sft import SFTConfig, collate, token_loss, train
+from learner.starter import repeats
+from learner.starter.recipe import ASSISTANT
+from learner.starter.repeats import Unlikely, probability, repeated
+from learner.text_checks import faults
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return AutoModelForCausalLM.from_pretrained(ASSISTANT, dtype=torch.float32), AutoTokenizer.from_pretrained(ASSISTANT)
+
+
+def test_prose_goes_on_with_one_of_its_own_sentences() -> None:
+    seen = {repeated("Bees fly. Bees dance! Are they old?", Random(seed)) for seed in range(60)}
+    both, three = "Bees fly. Bees dance!", "Bees fly. Bees dance! Are they old?"
+    assert seen == {(both, "", " Bees fly."), (both, "", " Bees dance!"), (three, "", " Bees fly."), (three, "", " Bees dance!"), (three, "", " Are they old?")}
+
+
+def test_a_list_goes_on_with_one_of_its_own_items_under_the_next_mark() -> None:
+    seen = {repeated("Facts:\n1. Bees fly.\n2. Bees dance.", Random(seed)) for seed in range(60)}
+    assert seen == {("Facts:\n1. Bees fly.", "\n2.", " Bees fly."), ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3.", " Bees fly."),
+                    ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3.", " Bees dance.")}  # fmt: skip
+    assert repeated("- Bees fly.\n- Bees dance.", Random(1))[1] == "\n-"
+
+
+@pytest.mark.parametrize("reply", ["Bees fly.", "Bees fly. They dance.", "- Bees fly.", "x = 1\ny = 2\nz = 3", ""])
+def test_what_says_too_little_is_left_alone(reply: str) -> None:
+    assert repeated(reply, Random(0)) is None
+
+
+def test_examples_are_faulty_chats_with_loss_on_the_repetition_alone(shipped) -> None:
+    _, tokenizer = shipped
+    rows = repeats.examples(tokenizer, 200, 3)
+    assert rows == repeats.examples(tokenizer, 200, 3) and len(rows) == 200
+    flagged = 0
+    for row in rows:
+        text = tokenizer.decode(row.ids)
+        assert tuple(tokenizer.encode(text, add_special_tokens=False)) == row.ids  # cut where the tokenizer cuts
+        again = tokenizer.decode([t for t, on in zip(row.ids, row.loss, strict=True) if on])
+        reply = text.rsplit("<|assistant|>", 1)[1]
+        assert reply.endswith(again) and again.strip() in reply[: -len(again)]
+        flagged += any(f.name == "repeated sentence" for f in faults(reply, "stop"))
+    assert flagged > 150  # short items such as "Red" are no sentences
+
+
+@torch.no_grad()
+def test_the_probability_is_the_product_of_each_tokens(shipped) -> None:
+    model, tokenizer = shipped
+    rows = repeats.examples(tokenizer, 6, 5)
+    for row, got in zip(rows, probability(model, rows, tokenizer.pad_token_id).tolist(), strict=True):
+        chances = model(torch.tensor([row.ids])).logits[0].softmax(-1)
+        want = 1.0
+        for t, on in enumerate(row.loss):
+            want *= float(chances[t - 1, row.ids[t]]) if on else 1.0
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-12)
+
+
+@torch.no_grad()
+def test_the_loss_adds_the_mean_unlikelihood(shipped) -> None:
+    model, tokenizer = shipped
+    rows = repeats.examples(tokenizer, 4, 7)
+    ids, targets = collate(rows, tokenizer.pad_token_id)
+    p = probability(model, rows, tokenizer.pad_token_id).double()
+    want = float(token_loss(model, ids, targets)) + 50 * float(-(1 - p).log().mean())
+    got = Unlikely(rows, 50.0, tokenizer.pad_token_id, tokens=100_000, seed=0)(model, ids, targets)
+    assert float(got) == pytest.approx(want, rel=1e-5)
+
+
+def test_training_with_it_makes_a_learned_repetition_unlikely(shipped) -> None:
+    """A small model is taught to repeat; with the loss it is not, and the rest is learned as well."""
+    _, tokenizer = shipped
+    rows = repeats.examples(tokenizer, 8, 9)
+    likely = []
+    for weight in (0.0, 50.0):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True))
+        loss = Unlikely(rows, weight, tokenizer.pad_token_id, tokens=100_000, seed=0)
+        train(model, rows, SFTConfig(steps=120, lr=2e-2), pad_id=tokenizer.pad_token_id, loss_of=loss)
+        likely.append(float(probability(model, rows, tokenizer.pad_token_id).detach().mean()))
+    assert likely[0] > 0.3 and likely[1] < 0.5 * likely[0]
