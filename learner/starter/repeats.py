@@ -2,7 +2,7 @@
 
 A small model that does not know which fact comes next falls back on one of the topic's, now and then the one it has just told. The
 likelihood of the corpus hardly minds. This is unlikelihood training (Welleck et al. 2020, "Neural Text Generation with Unlikelihood
-Training", Eq. 7) of whole sentences: their probability is what counts, so those that the model would never say weigh nothing.
+Training") of whole sentences instead of tokens: their probability is what counts, so those that the model would never say weigh nothing.
 """
 
 from __future__ import annotations
