@@ -58,7 +58,7 @@ class PPOConfig:
     tokens: int = 40_000  # of replies practised, after which no further update starts: short replies get more updates, for the same work
     prompts_per_update: int = 12
     replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
-    max_new_tokens: int = 160  # a rollout's reply: a list of six facts takes up to 130, and what is cut was not judged whole
+    max_new_tokens: int = 160  # a rollout's reply: a list of six facts takes up to 139, and what is cut was not judged whole
     temperature: float = 1.0  # of the rollouts, and of the log-probabilities that are optimised
     epochs: int = 2  # passes over one rollout batch
     minibatches: int = 2

@@ -74,6 +74,17 @@ def test_the_loss_adds_the_mean_unlikelihood(shipped) -> None:
     assert float(got) == pytest.approx(want, rel=1e-5)
 
 
+@torch.no_grad()
+def test_which_rows_come_follows_from_the_batch_so_that_a_killed_run_resumes_as_it_was(shipped) -> None:
+    model, tokenizer = shipped
+    rows = repeats.examples(tokenizer, 12, 7)
+    one, other = (collate(rows[i : i + 4], tokenizer.pad_token_id) for i in (0, 4))
+    first, anew = (Unlikely(rows, 1e4, tokenizer.pad_token_id, tokens=200, seed=0) for _ in range(2))
+    assert len(first.batches) > 3
+    before = float(first(model, *one)), float(first(model, *other))
+    assert (float(anew(model, *other)), float(first(model, *one))) == (before[1], before[0])
+
+
 def test_training_with_it_makes_a_learned_repetition_unlikely(shipped) -> None:
     """A small model is taught to repeat; with the loss it is not, and the rest is learned as well."""
     _, tokenizer = shipped

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.sft import IGNORE, Example, collate, encode_chat, stream, token_loss
+from learner.sft import IGNORE, Example, batches, collate, encode_chat, token_loss
 from learner.starter import corpus
 
 ITEM = re.compile(r"^(?:-|(\d+)\.) (.+)$")
@@ -69,10 +69,11 @@ class Unlikely:
     """A loss for `learner.sft.train`: the corpus's, and `weight` times the unlikelihood -log(1 - p) of repeated sentences, in the mean."""
 
     def __init__(self, rows: Sequence[Example], weight: float, pad_id: int, tokens: int, seed: int) -> None:
-        self.rows, self.weight, self.pad_id = rows, weight, pad_id
-        self.batches = stream(rows, tokens, seed)
+        self.rows, self.weight, self.pad_id, self.seed = rows, weight, pad_id, seed
+        self.batches = batches(rows, tokens, seed, epoch=0)
 
     def __call__(self, model: Any, ids: Tensor, targets: Tensor) -> Tensor:
-        """As `learner.sft.token_loss`."""
-        p = probability(model, [self.rows[i] for i in next(self.batches)], self.pad_id)
+        """As `learner.sft.token_loss`. Which rows come is drawn from what is in `ids`, so that a resumed run goes on as one without a break."""
+        drawn = Random(f"{self.seed}/{ids.tolist()}").choice(self.batches)
+        p = probability(model, [self.rows[i] for i in drawn], self.pad_id)
         return token_loss(model, ids, targets) - self.weight * torch.log1p(-p.clamp(max=1 - 1e-6)).mean()
