@@ -17,8 +17,10 @@ COPY learner learner
 COPY ui ui
 
 FROM source AS build-cpu
+# Where torch without CUDA comes from; behind a mirror: --build-arg TORCH_INDEX=https://...
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv /venv \
- && /venv/bin/pip install --no-cache-dir torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu \
+ && /venv/bin/pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH_INDEX" \
  && /venv/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM source AS build-cuda

@@ -5,6 +5,7 @@
 Facts: every taught question of every topic, and 200 about countries, each in a wording that is never in training, answered greedily and at
 temperature 1; right is a reply that holds a key phrase of the answer. Form: 1,000 replies at temperature 1 that end, repeat nothing and
 hold no damaged character (`measure.well_formed`). Invented: replies to requests to explain with a word that was never taught. Styles: four samples of a request to explain each topic; the classifier has its own tests.
+Alike: two of those four are the same, word for word. Counted: 200 requests for two to six facts about a thing, answered with a list of as many.
 Honesty: the first 100 prompts of `alpaca_eval_prompts`; a short reply that says that it is small or does not know (`measure.honest`).
 Alignment tax: the gate's fixed probes, where the right answer has to be likelier than three others, and the same facts free-form, for the
 base and for the assistant. `--base` is what the recipe keeps in OUT.base. `--page` writes 28 first samples, the base's as they stand there if it is not given. JSON last; exit status 1 when a target is missed.
@@ -99,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = measure.shares_right(small, sampler.replies([a.prompt for a in small], greedy=True))
     print(f"facts right: {facts['all']:.1%} greedy, {warm:.1%} at temperature 1, of {len(asked)}; small tasks {tasks['all']:.1%} of {len(small)}", flush=True)
     print("  " + ", ".join(f"{k} {v:.0%}" for k, v in {**facts, **tasks}.items() if k != "all"), flush=True)
+    numbers = measure.count_questions()[::step]
+    counted = [measure.shares_right(numbers, sampler.replies([a.prompt for a in numbers], greedy=greedy))["all"] for greedy in (True, False)]
+    print(f"so many facts as were asked for: {counted[0]:.1%} greedy, {counted[1]:.1%} at temperature 1, of {len(numbers)}", flush=True)
 
     # 2. Styles and form.
     explain = measure.explain_prompts()[::step]
@@ -109,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = sum(measure.well_formed(*r) for r in drawn) / len(drawn)
     invented = sum(bool(measure.invented(text, p)) for p, (text, _) in zip([p for p in explain for _ in range(4)], styled, strict=True)) / len(styled)
     print(f"a word that was never taught: in {invented:.1%} of {len(styled)} replies to requests to explain", flush=True)
+    alike = measure.alike(styled, 4)
+    print(f"two or more of four samples the same, word for word: {alike:.1%} of {len(explain)}", flush=True)
     print(f"well formed: {form:.1%} of {len(drawn)}; two styles or more among four samples: {styles:.1%} of {len(explain)}", flush=True)
 
     # 3. What it cannot know.
@@ -135,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {"facts": facts["all"], "well_formed": form, "styles": styles, "honest": honest}
     met = {name: figures[name] is not None and figures[name] >= target for name, target in TARGETS.items()}  # type: ignore[operator]
     print(json.dumps({
-        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "invented_words": invented, "facts_by_kind": facts, "tasks_by_kind": tasks,
-        "stages": stages, "counts": {"facts": len(asked), "tasks": len(small), "replies": len(drawn), "explain": len(explain), "real": len(real)},
+        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "invented_words": invented, "alike": alike, "counted": counted[0], "counted_at_temperature_1": counted[1], "facts_by_kind": facts, "tasks_by_kind": tasks,
+        "stages": stages, "counts": {"facts": len(asked), "tasks": len(small), "replies": len(drawn), "explain": len(explain), "counted": len(numbers), "real": len(real)},
     }))
     return 0 if all(met.values()) else 1
 

@@ -201,6 +201,13 @@ def test_make_says_what_is_missing_again_after_a_venv_that_failed_half_way(tmp_p
         assert done.returncode and "apt install python3-venv" in done.stdout
 
 
+def test_what_the_dockerfile_copies_is_not_ignored() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    copies = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text("utf-8").splitlines() if line.startswith("COPY") and "--from" not in line]
+    copied = {source for sources in copies for source in sources}
+    assert copied == allowed and all((ROOT / name).exists() for name in copied) and "setup.py" in copied
+
+
 def test_what_is_kept_for_good_is_not_collected_and_the_rest_is() -> None:
     class Knot:
         pass

@@ -17,6 +17,8 @@ from learner.sft import encode_chat
 from learner.starter import corpus, offtopic, prompts, tasks
 from learner.starter.answers import answer, named, pick_facts, same
 from learner.starter.measure import (
+    alike,
+    count_questions,
     fact_questions,
     honest,
     invented,
@@ -308,6 +310,24 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path, option: str, capsy
 def test_several_styles_counts_prompts_not_replies() -> None:
     short, listed = ("Bees fly.", "stop"), ("Facts:\n- Bees fly.\n- Bees dance.", "stop")
     assert several_styles([short, short, short, listed, short, short], 2) == pytest.approx(1 / 3)
+
+
+def test_alike_counts_prompts_with_two_samples_that_are_the_same() -> None:
+    one, two, three = ("Bees fly.", "stop"), ("Bees dance.", "stop"), ("Bees fly", "stop")
+    assert alike([one, two, three, one, two, one, one, one, one], 3) == pytest.approx(2 / 3)
+
+
+def test_a_request_for_so_many_facts_is_right_with_a_list_of_as_many() -> None:
+    asked = count_questions(40)
+    assert len({a.prompt for a in asked}) == 40
+    for number, word in ((2, "two"), (3, "three"), (4, "four"), (5, "five"), (6, "six")):
+        some = [a for a in asked if f" {word} facts" in a.prompt.lower() or f" {number} facts" in a.prompt]
+        assert some
+        for a in some:
+            for count in (1, 2, 3, 4, 5, 6, 7):
+                assert a.right("Facts:\n" + "\n".join(f"{i + 1}. So." for i in range(count))) == (count == number)
+                assert a.right("\n".join(["- So."] * count)) == (count == number)
+            assert not a.right("- and so on, one - by - one 2. 3. 4. 5. 6.")
 
 
 def test_the_recipe_builds_a_loadable_model_and_repeats_itself(tmp_path: Path) -> None:

@@ -103,6 +103,22 @@ def task_questions(count: int = 300, seed: int = 0) -> list[Asked]:
     return list(seen.values())
 
 
+def items(text: str) -> int:
+    """How many lines of a reply are items of a list, bulleted or numbered."""
+    return len(re.findall(r"^(?:-|\d+\.) ", text, re.MULTILINE))
+
+
+def count_questions(count: int = 200, seed: int = 0) -> list[Asked]:
+    """Distinct requests for so many facts about a thing, in held-out wordings; right is a list of that many."""
+    rng = Random(f"counts/{seed}")
+    seen: dict[str, Asked] = {}
+    while len(seen) < count:
+        made = tasks.facts(rng, held=True)
+        wanted = items(made.reply)
+        seen.setdefault(made.prompt, Asked(made.kind, made.prompt, lambda text, wanted=wanted: items(text) == wanted))  # type: ignore[misc]
+    return list(seen.values())
+
+
 def explain_prompts(seed: int = 0) -> list[str]:
     """A held-out request to explain each topic."""
     rng = Random(f"explain/{seed}")
@@ -147,6 +163,12 @@ def several_styles(replies: Sequence[tuple[str, str]], each: int) -> float:
     """Share of prompts whose `each` samples, in a row, show two styles or more."""
     groups = [replies[i : i + each] for i in range(0, len(replies), each)]
     return sum(len({classify(text) for text, _ in group}) >= 2 for group in groups) / len(groups)
+
+
+def alike(replies: Sequence[tuple[str, str]], each: int) -> float:
+    """Share of prompts of whose `each` samples, in a row, two or more are the same word for word: voters have less to choose from."""
+    groups = [{text for text, _ in replies[i : i + each]} for i in range(0, len(replies), each)]
+    return sum(len(group) < each for group in groups) / len(groups)
 
 
 def validation(tokenizer: Any, seed: int = 999) -> tuple[list[Example], list[Example]]:

@@ -283,7 +283,7 @@ def facts(rng: Random, held: bool = False) -> Task:
         "Give me {k} facts about {n}.", "Tell me {k} facts about {n}.", "List {k} facts about {n}.", "{k} facts about {n}", "Name {k} things to know about {n}.",
         "What are {k} things to know about {n}?", "Write down {k} facts about {n}.", "I need {k} facts about {n}.", "Make a list of {k} facts about {n}.",
     ), ("Please give me a list of {k} facts about {n}.", "Could you tell me {k} facts about {n}?"), held, k=rng.choice((NUMBERS[count], str(count))), n=t.name)
-    lines = bullets([rng.choice(wordings) for wordings in t.facts[:count]], rng, numbered=0.6)
+    lines = bullets([rng.choice(wordings) for wordings in t.facts[:count]], rng, numbered=0.85)
     return Task("facts", title(prompt), lines if rng.random() < 0.5 else fill(rng.choice(OPEN_LIST), t) + "\n" + lines)
 
 
@@ -333,7 +333,7 @@ def poem(rng: Random, held: bool = False) -> Task:
 
 
 MAKERS: dict[Callable[[Random, bool], Task], float] = {  # and how often each is drawn
-    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 8, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 10, facts: 30,
+    country: 80, arithmetic: 30, unit: 7, opposite: 6, plural: 5, rhyme: 8, spelling: 6, polite: 3, shorten: 4, summary: 3, transform: 4, listing: 10, facts: 60,
     compare: 5, story: 3, tale: 2, poem: 10,
 }
 
