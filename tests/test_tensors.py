@@ -49,7 +49,9 @@ def test_a_header_of_odd_length_is_read_as_well(tmp_path: Path) -> None:
     ({"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}, "the numbers of a are not where"),
     ({"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]}, "the numbers of a are not where"),
     ({"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}, "not one of tensors"),
-    ({"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}, "not one of tensors"),
+    ({"dtype": "F32", "shape": "xy", "data_offsets": [0, 8]}, "not one of tensors"),
+    ({"dtype": "F32", "shape": "", "data_offsets": [0, 4]}, "not one of tensors"),
+    ({"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}, "the numbers of a are not where"),
     ({"dtype": "F32"}, "not one of tensors"),
     (3, "not one of tensors"),
 ])  # fmt: skip
