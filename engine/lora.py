@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import gpu, packed
 from engine.mixture import Mixture, Whole
-from engine.tensors import TensorsError, read_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # What changes the sum above; an adapter that sets one of these differs from what we would compute.
@@ -47,22 +47,22 @@ class Part:
 
 @dataclass
 class Adapter:
-    """One adapter: `pairs[path]` is (A (r, in), B (out, r)), float32, Parameters where they are trained."""
+    """One adapter: `pairs[path]` is (A (r, in), B (out, r)), float32."""
 
     r: int
     alpha: float
     scaling: float  # alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
     targets: list[str]
-    pairs: dict[str, tuple[Tensor, Tensor]]
-    stacked: dict[LoraLinear, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of one that never changes: what `stacks` gives
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    stacked: dict[LoraLinear, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of one that never changes: what `stack` gives
 
     @property
     def trainable(self) -> bool:
         """Whether its numbers may change."""
         return any(a.requires_grad for a, _ in self.pairs.values())
 
-    def named(self) -> dict[str, Tensor]:
-        """The numbers by PEFT's own names (`base_model.model....lora_A.weight`)."""
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters by PEFT's own names (`base_model.model....lora_A.weight`)."""
         sides = ((path, zip("AB", pair, strict=True)) for path, pair in self.pairs.items())
         return {f"{PREFIX}{path}.lora_{side}.weight": p for path, pair in sides for side, p in pair}
 
@@ -89,37 +89,23 @@ class Adapter:
 
     def stack(self, linear: LoraLinear) -> tuple[Tensor, Tensor] | None:
         """(A (R, in), B^T (R, out)), as `engine/mixture.py` lays adapters end to end; None when it does not touch `linear`."""
-        return self.stacked.get(linear) or self.stacks([linear]).get(linear)
-
-    @torch.no_grad()
-    def stacks(self, linears: Iterable[LoraLinear]) -> dict[LoraLinear, tuple[Tensor, Tensor]]:
-        """What `stack` gives for each of these that the adapter touches, all of it in two pieces of memory."""
-        found = {linear: ranks for linear in linears if (ranks := self.r * sum(part.path in self.pairs for part in linear.parts))}
-        if not found:
-            return {}
-        weights = {linear: linear.weight for linear in found}
-        like = next(iter(weights.values()))
-        downs = like.new_empty(sum(ranks * weights[linear].shape[1] for linear, ranks in found.items()))
-        ups = like.new_zeros(sum(ranks * len(weights[linear]) for linear, ranks in found.items()))
-        out, at_a, at_b = {}, 0, 0
-        for linear, ranks in found.items():
-            outputs, inputs = weights[linear].shape
-            a, b = downs[at_a : at_a + ranks * inputs].view(ranks, inputs), ups[at_b : at_b + ranks * outputs].view(ranks, outputs)
-            row = column = 0
-            for part in linear.parts:
-                if (pair := self.pairs.get(part.path)) is not None:
-                    a[row : row + self.r].copy_(pair[0])
-                    torch.mul(pair[1].T, self.scaling, out=b[row : row + self.r, column : column + part.size])
-                    row += self.r
-                column += part.size
-            out[linear] = a, b
-            at_a, at_b = at_a + a.numel(), at_b + b.numel()
-        return out
+        if (kept := self.stacked.get(linear)) is not None:
+            return kept
+        downs = [self.pairs[part.path][0].detach() for part in linear.parts if part.path in self.pairs]
+        if not downs:
+            return None
+        b, row, column = linear.weight.new_zeros(len(downs) * self.r, len(linear.weight)), 0, 0
+        for part in linear.parts:
+            if part.path in self.pairs:
+                torch.mul(self.pairs[part.path][1].detach().T, self.scaling, out=b[row : row + self.r, column : column + part.size])
+                row += self.r
+            column += part.size
+        return (downs[0] if len(downs) == 1 else torch.cat(downs)).to(b), b
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor with a NaN or infinite number, or None. A finite sum of sizes has finite terms: one quick look at all."""
-    if nn.utils.get_total_norm([t.detach() for t in tensors.values()], norm_type=1.0).isfinite():
+    """The name of a tensor with a NaN or infinite number, or None. A finite sum has finite terms: one quick look at all."""
+    if torch.cat([t.detach().flatten() for t in tensors.values()]).sum().isfinite():
         return None
     return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
@@ -195,8 +181,8 @@ class LoraBank:
         """The names of the adapters, in the order they came."""
         return list(self.adapters)
 
-    def parameters(self, name: str) -> dict[str, Tensor]:
-        """The numbers of one adapter by PEFT's own names (`base_model.model....lora_A.weight`)."""
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter by PEFT's own names (`base_model.model....lora_A.weight`)."""
         return self._get(name).named()
 
     def create(
@@ -244,10 +230,10 @@ class LoraBank:
                 f"{path / CONFIG} lacks a usable r, lora_alpha or target_modules ({error!r})"
             ) from error
         try:
-            tensors = read_tensors(path / WEIGHTS)
+            tensors = load((path / WEIGHTS).read_bytes())  # a small file of many tensors is slow to read one by one
         except FileNotFoundError as error:
             raise AdapterError(f"{path} has no {WEIGHTS}: save the adapter as safetensors") from error
-        except (TensorsError, OSError) as error:
+        except (SafetensorError, OSError) as error:
             raise AdapterError(f"{path / WEIGHTS} is damaged ({error}): fetch or publish it again") from error
         pairs = {}
         for linear in self.linears:
@@ -270,7 +256,7 @@ class LoraBank:
         if bad := not_finite(adapter.named()):
             raise AdapterError(f"{path / WEIGHTS}: {bad} has NaN or infinite numbers; the adapter is refused")
         if not trainable:
-            adapter.stacked = adapter.stacks(self.linears)
+            adapter.stacked = {linear: stack for linear in self.linears if (stack := adapter.stack(linear)) is not None}
         return adapter
 
     def save(self, name: str, path: str | Path) -> None:
@@ -339,9 +325,9 @@ class LoraBank:
         self.adapters[name] = adapter
         self.revision += 1
 
-    def _pair(self, a: Tensor, b: Tensor, trainable: bool) -> tuple[Tensor, Tensor]:
+    def _pair(self, a: Tensor, b: Tensor, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
         a, b = a.to(self.device, torch.float32), b.to(self.device, torch.float32)
-        return (nn.Parameter(a), nn.Parameter(b)) if trainable else (a, b)
+        return nn.Parameter(a, requires_grad=trainable), nn.Parameter(b, requires_grad=trainable)
 
     def _layer_names(self) -> str:
         return ", ".join(

@@ -350,7 +350,7 @@ def begin(model: CausalModel, policy: str, start: str | None, config: PPOConfig,
 
 def learn(
     model: CausalModel, policy: str, value: TrainedValue | None, mixed: Mixed | None, batch: Trajectories, old: Tensor, advantages: Tensor,
-    old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[Tensor],
+    old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
     config: PPOConfig, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
     """Epochs of minibatches over one rollout batch; each is gone through in chunks of like length, one step a minibatch.

@@ -449,7 +449,7 @@ def fit_members(
     return reward
 
 
-def named(reward: RewardModel, which: int) -> dict[str, Tensor]:
+def named(reward: RewardModel, which: int) -> dict[str, nn.Parameter]:
     """Every parameter of one member, its adapter's included where it has one."""
     member = reward.members[which]
     adapter = reward.model.lora.parameters(member.adapter) if member.adapter else {}

@@ -98,6 +98,6 @@ class TrainedValue(nn.Module):
         hidden = rollout.reply_hidden(model, batch, rows, VALUE).float()  # (n, R', D), the prompt's last state first
         return self.head(prefix_features(model, batch, rows, hidden)).squeeze(-1)
 
-    def trained(self) -> list[Tensor]:
+    def trained(self) -> list[nn.Parameter]:
         """Adapter and head."""
         return [*self.model[0].lora.parameters(VALUE).values(), *self.head.parameters()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -108,14 +108,18 @@ def items(text: str) -> int:
     return len(re.findall(r"^(?:-|\d+\.) ", text, re.MULTILINE))
 
 
+def lists(wanted: int, text: str) -> bool:
+    """Whether a reply has that many `items`."""
+    return items(text) == wanted
+
+
 def count_questions(count: int = 200, seed: int = 0) -> list[Asked]:
     """Distinct requests for so many facts about a thing, in held-out wordings; right is a list of that many."""
     rng = Random(f"counts/{seed}")
     seen: dict[str, Asked] = {}
     while len(seen) < count:
         made = tasks.facts(rng, held=True)
-        wanted = items(made.reply)
-        seen.setdefault(made.prompt, Asked(made.kind, made.prompt, lambda text, wanted=wanted: items(text) == wanted))  # type: ignore[misc]
+        seen.setdefault(made.prompt, Asked(made.kind, made.prompt, partial(lists, items(made.reply))))
     return list(seen.values())
 
 
