@@ -33,7 +33,8 @@ from learner.config import RewardConfig
 from learner.data import RankedExample, split_folds
 from learner.prompts import HERE as STARTER_DATA
 from learner.prompts import prompts_from
-from learner.reward import RewardModel, features_of, fit_members, weigh
+from learner.reward import RewardModel, features_of
+from learner.reward_fit import fit_members, weigh
 from learner.tastes import Taste, favourite, taste_named
 from learner.versions import open_model
 from server.choice import POLICIES, choose

@@ -38,7 +38,8 @@ from learner.gate import reply_kl
 from learner.kl_control import kl_price
 from learner.ppo import train_ppo
 from learner.prompts import prompts_from
-from learner.reward import RewardModel, cross_validate, fit_members
+from learner.reward import RewardModel
+from learner.reward_fit import cross_validate, fit_members
 from learner.rollout import Trajectories
 from learner.scorer import Scorer
 from learner.stopping import Judged

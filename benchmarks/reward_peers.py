@@ -35,7 +35,7 @@ from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig
 from learner.data import Fold, RankedExample, Split, examples_from_votes, prompt_groups, split_folds
 from learner.metrics import clustered_accuracy, length_baseline, pair_accuracy, paired_difference
-from learner.reward import cross_validate
+from learner.reward_fit import cross_validate
 from server.settings import STARTER
 from store import Store, import_preferences
 

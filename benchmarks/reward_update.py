@@ -116,7 +116,8 @@ def contend(file: Path) -> None:
 
     from benchmarks.reward_peers import example_of
     from engine.model import CausalModel
-    from learner.reward import Fit, RewardModel, base_features
+    from learner.reward import RewardModel
+    from learner.reward_fit import Fit, base_features
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model, examples = CausalModel.load(task["model"]), [example_of(row) for row in task["examples"]]

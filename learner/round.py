@@ -1,7 +1,7 @@
 """One round, top to bottom: votes, data digest, reward model, PPO, gate, publish, record.
 
 Owns the order of things, what is recorded so that a round can be run again, and that nothing half-made is published:
-whatever goes wrong ends in a record with a reason. Does not own the parts (`reward.py`, `ppo.py`, `gate.py`) or when a
+whatever goes wrong ends in a record with a reason. Does not own the parts (`reward_fit.py`, `ppo.py`, `gate.py`) or when a
 round runs (`worker.py`).
 """
 
@@ -45,7 +45,8 @@ from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
 from learner.prompts import POOL, PromptsError, prompts_from
 from learner.reliability import voters_report
-from learner.reward import Known, RewardDiverged, RewardModel, cross_validate, fit_members
+from learner.reward import RewardDiverged, RewardModel
+from learner.reward_fit import Known, cross_validate, fit_members
 from learner.sft import SFTError
 from learner.versions import load_version, open_model
 from store.adapters import AdapterRegistry
@@ -271,7 +272,7 @@ def train_reward(
 ) -> tuple[RewardModel | None, RewardModel | None, dict[str, Any], bool]:  # fmt: skip
     """Cross-validate, judge, and (where it works) fit the members: (members, fold members, report, may PPO start).
 
-    known: what an earlier round read (`reward.base_features`).
+    known: what an earlier round read (`reward_fit.base_features`).
     """
     strict = [e for e in examples if e.strict]
     report: dict[str, Any] = {"votes_used": len(examples), "strict": len(strict), "ties": sum(bool(e.tied) for e in examples)}

@@ -71,7 +71,7 @@ def test_they_are_packed_where_that_is_cheaper_and_nothing_would_be_cut() -> Non
 
 def test_training_takes_the_packed_rows_and_learns_the_same(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from learner import reward as module
-    from learner.reward import Fit, base_features
+    from learner.reward_fit import Fit, base_features
 
     examples = [
         RankedExample(prompt, replies, ((0,), tuple(range(1, len(replies)))), "ann", str(i), str(i), str(i), str(i), i)

@@ -28,7 +28,7 @@ from learner.reliability import (
     weigh_voters,
     weighted,
 )
-from learner.reward import weigh
+from learner.reward_fit import weigh
 
 
 def example(n: int, voter: str, best: int, k: int = 2, prompt: str | None = None) -> RankedExample:
