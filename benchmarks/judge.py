@@ -91,7 +91,7 @@ class Judge:
             known = probe_answers(self.model, self.tokenizer, self.probes, name)
         finally:
             self._unload()
-        won = clustered_accuracy(points)
+        won = clustered_accuracy(points, None, len(wins))
         return Judged(
             won.value, won.low, won.high, self.best_of, won.value / self.best_of, kl,
             broken_rate((r.text, r.finish_reason) for r in ours), self.base_broken, sum(len(r.token_ids) for r in ours) / len(ours),

@@ -149,9 +149,12 @@ class GateConfig:
     max_refusal_rise: float = 0.1
     max_probe_loss_rise: float = 1.0  # nats a token on the fixed probe set; a change of style costs some of it
     max_probe_accuracy_fall: float = 0.1  # share of known answers no longer told from wrong ones: the alignment tax
+    attempts: int = 3  # of a version that is turned away, but not for losing: each but the first with the change shrunk by `shrink`
+    shrink: float = 0.7
 
     def __post_init__(self) -> None:
         _need(self.prompts >= 1 and self.replies_per_prompt >= 1, "gate.prompts must be at least 1")
+        _need(self.attempts >= 1 and 0 < self.shrink < 1, "gate.attempts must be at least 1, gate.shrink between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from engine.lora import LoraBank
 from engine.tokenizer import ChatTokenizer
 from learner.config import LearnerConfig
 from learner.finetune import AdapterModule, finetune, last_reply, mean_loss
@@ -97,34 +93,9 @@ def learn(learner: Learner, record: dict[str, Any], voted: Sequence[Any], direct
     if not result.kept:
         raise RoundStopped("failed", "finetuning brought nothing to keep: the loss on held-out demonstrations did not fall")
 
-    # 4. The gate: everything but the win rate, as no reward model was asked to make it win. A version that fails it is
-    # shrunk towards where it began and asked again: less of what people wrote, and less of what went wrong with it.
-    trained = {name: p.detach().clone() for name, p in model.lora.parameters(POLICY).items()}
-    tried: list[dict[str, Any]] = []
-    for attempt in range(config.sft.attempts):
-        share = config.sft.shrink**attempt
-        shrink(model.lora, POLICY, start, trained, share)
-        learner.gate(
-            record, None, prompts, start, reference, replace(config.gate, max_kl=config.sft.max_kl), seed,
-            lambda f, m, at=attempt: report("gating", (at + f) / config.sft.attempts, m),  # type: ignore[misc]
-        )  # fmt: skip
-        tried.append({"share": round(share, 3), "failed": record["gate"]["failed"]})
-        if not record["gate"]["failed"]:
-            break
+    # 4. The gate: everything but the win rate, as no reward model was asked to make it win.
+    gate = replace(config.gate, max_kl=config.sft.max_kl, attempts=config.sft.attempts, shrink=config.sft.shrink)
+    learner.gate(record, None, prompts, start, reference, start, gate, seed, lambda f, m: report("gating", f, m))
     loss = mean_loss(AdapterModule(model, POLICY), held_out, model.pad_id) if held_out else None
-    record["sft"] |= {"share": tried[-1]["share"], "attempts": tried, "loss_after": loss}
+    record["sft"] |= {"loss_after": loss}
     lap.mark("gate_s")
-
-
-@torch.no_grad()
-def shrink(lora: LoraBank, name: str, start: str | None, trained: Mapping[str, Tensor], share: float) -> None:
-    """Set adapter `name` to `share` of the way from where it began to `trained` (Wortsman et al. 2022, on adapters).
-
-    From the bare base that is exact (B alone is scaled); from adapter `start` both factors are interpolated.
-    """
-    began = lora.parameters(start) if start else None
-    for key, weight in lora.parameters(name).items():
-        if began is not None:
-            weight.copy_(began[key] + share * (trained[key] - began[key]))
-        else:
-            weight.copy_(trained[key] * (share if ".lora_B." in key else 1.0))

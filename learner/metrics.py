@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scipy.stats import t as student
+
 Z95 = 1.959963984540054  # two-sided 95%
 Groups = Sequence[Sequence[int]]
 
@@ -67,12 +69,13 @@ def wilson(p: float, n: float, z: float = Z95) -> Interval:
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def clustered_accuracy(shares: Sequence[float], clusters: Sequence[object] | None = None) -> Interval:
+def clustered_accuracy(shares: Sequence[float], clusters: Sequence[object] | None = None, decisions: int | None = None) -> Interval:
     """Mean of per-comparison accuracies with a cluster-robust Wilson interval.
 
     shares: one accuracy in [0, 1] a comparison. clusters: a label for each (a prompt, say); by default every
-    comparison is its own. The effective n is p(1-p) over the cluster-robust variance of the mean (Korn & Graubard
-    1998), and never above the number of comparisons: a comparison is at most one decision, however many pairs it has.
+    comparison is its own. The effective n is p(1-p) over the cluster-robust variance of the mean, and the quantile Student's with
+    as many degrees of freedom as there are clusters less one (Korn & Graubard 1998). n is never above `decisions`, by default the number of
+    comparisons; with several pairs a comparison their number, as shares that are means of pairs vary less than single decisions do.
     """
     count = len(shares)
     if not count:
@@ -86,7 +89,7 @@ def clustered_accuracy(shares: Sequence[float], clusters: Sequence[object] | Non
         return wilson(p, g)
     variance = g / (g - 1) * math.fsum(r * r for r in residual.values()) / count**2
     n = p * (1 - p) / variance if variance > 0 else g
-    return wilson(p, min(n, count))
+    return wilson(p, min(n, decisions or count), float(student.ppf(0.975, g - 1)))
 
 
 def ece(probabilities: Sequence[float], weights: Sequence[float], bins: int = 10) -> float:
@@ -206,18 +209,19 @@ def agreement(judged: Sequence[tuple[object, object, Sequence[object], Groups]])
     return {"agreement": rate, "ceiling": (1 + math.sqrt(max(0.0, 2 * rate - 1))) / 2, "pairs": pairs}
 
 
-def votes_needed(p: float, n: float, z: float = Z95) -> int | None:
-    """How many more independent decisions until the Wilson lower bound of accuracy `p` passes one half; None: unknown.
+def votes_needed(p: float, n: float, count: int, z: float = Z95) -> int | None:
+    """How many more comparisons until the Wilson lower bound of accuracy `p` passes one half; None: unknown.
 
-    The bound passes when (p - 1/2)^2 > z^2 / (4n). An accuracy at or under 0.52 gives no honest figure.
+    n: effective decisions in the `count` comparisons so far. The bound passes when (p - 1/2)^2 > z^2 / (4n). An accuracy at or
+    under 0.52 gives no honest figure.
     """
     if not p > 0.52:
         return None
-    return max(1, math.ceil(z * z / (4 * (p - 0.5) ** 2) - n + 1e-9))
+    return max(1, math.ceil((z * z / (4 * (p - 0.5) ** 2) - n) * count / n + 1e-9))
 
 
-def judge(model: Sequence[float], length: Sequence[float], clusters: Sequence[object], min_votes: int) -> Verdict:
-    """The verdict on a reward model from its held-out per-comparison accuracies and the length-only baseline's.
+def judge(model: Sequence[float], length: Sequence[float], clusters: Sequence[object], min_votes: int, pairs: int | None = None) -> Verdict:
+    """The verdict on a reward model from its held-out per-comparison accuracies and the length-only baseline's; `pairs`: of all comparisons.
 
     PPO may start when the lower bound of held-out accuracy beats one half, and length does not explain the picks away:
     it is stopped where length alone is better beyond noise (paired difference, cluster-robust 95% interval) and the
@@ -229,9 +233,9 @@ def judge(model: Sequence[float], length: Sequence[float], clusters: Sequence[ob
     if count < min_votes:
         more = min_votes - count
         return Verdict("not_yet", False, f"not yet: about {more} more votes ({count} so far, too few to test)")
-    own, alone = clustered_accuracy(model, clusters), clustered_accuracy(length, clusters)
+    own, alone = clustered_accuracy(model, clusters, pairs), clustered_accuracy(length, clusters, pairs)
     if own.low <= 0.5:
-        needed = votes_needed(own.value, own.n)
+        needed = votes_needed(own.value, own.n, count)
         if needed is None:
             words = f"not yet: about {count} more votes, and perhaps more: {own.value:.0%} right on held-out votes shows no taste"
         else:
@@ -280,25 +284,26 @@ def reward_report(
     model = [accuracy for i in tested if (accuracy := pair_accuracy(held_out[i], groups[i])) is not None]
     length = [length_only[i] for i in tested]
     labels = [clusters[i] for i in tested]
-    verdict = judge(model, length, labels, min_votes)
+    pairs = sum(len(strict_pairs(groups[i])) for i in tested)
+    verdict = judge(model, length, labels, min_votes, pairs)
     report: dict[str, Any] = {"verdict": verdict.code, "words": verdict.words, "comparisons": len(tested)}
     if tested:
         predicted = [
-            (sigmoid(held_out[i][w] - held_out[i][x]), 1 / len(pairs))
+            (sigmoid(held_out[i][w] - held_out[i][x]), 1 / len(own))
             for i in tested
-            for pairs in [strict_pairs(groups[i])]
-            for w, x in pairs
+            for own in [strict_pairs(groups[i])]
+            for w, x in own
         ]
         probabilities, weights = zip(*predicted, strict=True)
         gain, half = paired_difference(model, length, labels)
         report |= {
-            "pairs": len(predicted),
-            "accuracy": interval_dict(clustered_accuracy(model, labels)),
+            "pairs": pairs,
+            "accuracy": interval_dict(clustered_accuracy(model, labels, pairs)),
             "interval": "Wilson, 95%, effective n from the variance between prompts; a comparison counts once",
             "ece": round(ece(probabilities, weights), 4),
             "brier": round(brier(probabilities, weights), 4),
             "reliability": reliability(probabilities, weights),
-            "length_only": interval_dict(clustered_accuracy(length, labels)),
+            "length_only": interval_dict(clustered_accuracy(length, labels, pairs)),
             "gain_over_length": {"value": round(gain, 4), "half_width": round(half, 4) if math.isfinite(half) else None},
         }
     return report, verdict

@@ -48,7 +48,7 @@ from learner.reliability import voters_report
 from learner.reward import RewardDiverged, RewardModel
 from learner.reward_fit import Known, cross_validate, fit_members
 from learner.sft import SFTError
-from learner.versions import load_version, open_model
+from learner.versions import load_version, open_model, shrink
 from store.adapters import AdapterRegistry
 from store.errors import CorruptAdapter, NotFound
 from store.files import read_json, write_json
@@ -59,6 +59,7 @@ POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
+LOST = {"win_rate", "finite"}  # checks that a smaller step in the same direction would not pass either
 Report = Callable[[str, float, str], None]
 Learn = Callable[["Learner", dict[str, Any], Sequence[Any], Path, Report], None]
 
@@ -195,23 +196,36 @@ class Learner:
                 raise RoundStopped("failed", f"PPO brought nothing to keep: {result.stopped}")
 
             # 5. The gate.
-            self.gate(record, judges, prompts, start, reference, config.gate, seed, lambda f, m: report("gating", f, m))
+            began = reference if result.note else start
+            self.gate(record, judges, prompts, start, reference, began, config.gate, seed, lambda f, m: report("gating", f, m))
             lap.mark("gate_s")
         finally:
             curves.close()
 
     def gate(
         self, record: dict[str, Any], judges: RewardModel | None, prompts: Prompts, start: str | None, reference: str | None,
-        config: GateConfig, seed: int, progress: Callable[[float, str], None],
+        began: str | None, config: GateConfig, seed: int, progress: Callable[[float, str], None],
     ) -> None:  # fmt: skip
-        """`run_gate` on adapter POLICY, into `record`; what the reference knows is asked once, not every round."""
-        name = record["reference"]
-        record["gate"] = run_gate(
-            self.model, self.tokenizer, judges, prompts=prompts.held_out, candidate=POLICY, live=start, reference=reference, config=config,
-            seed=seed, facts=self.facts.get(name), progress=progress,
-        )  # fmt: skip
-        if held := record["gate"].get("reference_probe"):
-            self.facts[name] = Probe(**held)
+        """`run_gate` on adapter POLICY, into `record`; what the reference knows is asked once, not every round.
+
+        A version that is turned away for anything but losing is shrunk towards adapter `began` (None: the base), where it
+        began, and asked again: less of what it learned, and less of what went wrong with it.
+        """
+        name, tried = record["reference"], list[dict[str, Any]]()
+        trained = {key: p.detach().clone() for key, p in self.model.lora.parameters(POLICY).items()}
+        for attempt in range(config.attempts):
+            share = config.shrink**attempt
+            shrink(self.model.lora, POLICY, began, trained, share)
+            record["gate"] = run_gate(
+                self.model, self.tokenizer, judges, prompts=prompts.held_out, candidate=POLICY, live=start, reference=reference, config=config,
+                seed=seed, facts=self.facts.get(name), progress=lambda f, m, at=attempt: progress((at + f) / config.attempts, m),  # type: ignore[misc]
+            )  # fmt: skip
+            if held := record["gate"].get("reference_probe"):
+                self.facts[name] = Probe(**held)
+            tried.append({"share": round(share, 3), "failed": record["gate"]["failed"]})
+            if not record["gate"]["failed"] or LOST & set(record["gate"]["failed"]):
+                break
+        record["gate"] |= {"share": tried[-1]["share"], "attempts": tried}
 
     def publish(self, record: dict[str, Any]) -> str:
         """Make adapter POLICY the next version; its name."""

@@ -1,16 +1,18 @@
 """A base model in memory and the published versions that are loaded onto it, for training and for measuring.
 
-Owns opening both, read-only, and saying plainly what is not there. Does not serve (`server/verification.py`) or publish.
+Owns opening both, read-only, saying plainly what is not there, and going back from one towards another. Does not serve (`server/verification.py`) or publish.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.engine import BASE
-from engine.lora import AdapterError
+from engine.lora import AdapterError, LoraBank
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from store.adapters import AdapterRegistry
@@ -42,6 +44,20 @@ def load_version(model: CausalModel, registry: AdapterRegistry, version: str, na
         raise AdapterError(f"{version} was made for another base model ({manifest.base_model}) than {model.source}")
     model.lora.load(name, registry.path(version))
     return name
+
+
+@torch.no_grad()
+def shrink(lora: LoraBank, name: str, start: str | None, trained: Mapping[str, Tensor], share: float) -> None:
+    """Set adapter `name` to `share` of the way from where it began to `trained` (Wortsman et al. 2022, on adapters).
+
+    From the bare base that is exact (B alone is scaled); from adapter `start` both factors are interpolated.
+    """
+    began = lora.parameters(start) if start else None
+    for key, weight in lora.parameters(name).items():
+        if began is not None:
+            weight.copy_(began[key] + share * (trained[key] - began[key]))
+        else:
+            weight.copy_(trained[key] * (share if ".lora_B." in key else 1.0))
 
 
 def named_version(data_dir: Path, version: str) -> str:

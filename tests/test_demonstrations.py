@@ -15,8 +15,9 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import round as round_module
 from learner.config import LearnerConfig, SFTRoundConfig
-from learner.demonstrations import demonstrated, demonstrations, learn, shrink
+from learner.demonstrations import demonstrated, demonstrations, learn
 from learner.round import Learner, close_unfinished, replay_round
+from learner.versions import shrink
 from learner.worker import finetuning_due, progress_so_far
 from store.adapters import AdapterRegistry
 from store.records import Completion, NewComparison
@@ -110,7 +111,7 @@ def test_a_finetuned_version_that_fails_the_gate_is_kept_as_rejected(tmp_path: P
         edit_on(store, 12)
         record = finetuning_round(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
     assert record["state"] == "rejected" and record["gate"]["failed"] == ["kl"]
-    assert [tried["share"] for tried in record["sft"]["attempts"]] == [1.0, 0.6, 0.36, 0.216, 0.13]
+    assert [tried["share"] for tried in record["gate"]["attempts"]] == [1.0, 0.6, 0.36, 0.216, 0.13]
     assert AdapterRegistry(tmp_path / "adapters").verify("v000001").gate["verdict"] == "rejected"
 
 
@@ -122,11 +123,11 @@ def test_a_version_that_fails_is_shrunk_until_it_passes(tmp_path: Path, finetune
         edit_on(store, 12)
         record = finetuning_round(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
     assert record["state"] == "published", record["gate"]["failed"]
-    assert record["sft"]["attempts"][0] == {"share": 1.0, "failed": ["kl"]} and record["sft"]["share"] < 1
+    assert record["gate"]["attempts"][0] == {"share": 1.0, "failed": ["kl"]} and record["gate"]["share"] < 1
     full = load_file(AdapterRegistry(finetuned[0] / "adapters").path("v000001") / "adapter_model.safetensors")
     part = load_file(AdapterRegistry(tmp_path / "adapters").path("v000001") / "adapter_model.safetensors")
     for name, weight in part.items():
-        share = 0.6 ** (len(record["sft"]["attempts"]) - 1) if ".lora_B." in name else 1.0
+        share = 0.6 ** (len(record["gate"]["attempts"]) - 1) if ".lora_B." in name else 1.0
         assert torch.allclose(weight, share * full[name], atol=1e-6)
     assert finetuned[1]["sft"]["loss_after"] < record["sft"]["loss_after"] < record["sft"]["loss_before"]
 

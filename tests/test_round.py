@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.engine import probe
 from engine.model import CausalModel
@@ -267,7 +268,28 @@ def test_a_version_that_fails_its_gate_is_kept_as_rejected(tmp_path: Path, model
         vote_on(store, tokenizer, 24)
         record = run(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
     assert record["state"] == "rejected" and record["version"] == "v000001"
+    assert [tried["share"] for tried in record["gate"]["attempts"]] == [1.0, 0.7, 0.49]
     assert AdapterRegistry(tmp_path / "adapters").verify("v000001").gate["verdict"] == "rejected"
+
+
+def test_a_version_that_goes_too_far_is_shrunk_until_it_passes(tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    strict = replace(QUICK, gate=replace(LOOSE, max_kl=0.6 * published[1]["gate"]["kl"]))  # the same round as the fixture's but for this
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
+    assert record["state"] == "published" and record["gate"]["share"] == 0.7
+    assert record["gate"]["attempts"] == [{"share": 1.0, "failed": ["kl"]}, {"share": 0.7, "failed": []}]
+    full, part = (load_file(AdapterRegistry(where / "adapters").path("v000001") / "adapter_model.safetensors") for where in (published[0], tmp_path))
+    for name, weight in part.items():
+        assert torch.allclose(weight, (0.7 if ".lora_B." in name else 1.0) * full[name], atol=1e-6)
+
+
+def test_a_version_that_loses_is_asked_once(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    strict = replace(QUICK, gate=replace(LOOSE, min_win_rate=2.0, max_kl=-1.0))
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer, strict), store.voted_comparisons())
+    assert record["state"] == "rejected" and record["gate"]["attempts"] == [{"share": 1.0, "failed": ["win_rate", "kl"]}]
 
 
 def test_an_exploding_policy_is_dropped_and_never_published(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:

@@ -440,6 +440,11 @@ def test_a_rejected_version_names_its_failing_checks_and_cannot_be_promoted() ->
     assert "length drift" in html and ">kl<" not in html and 'data-act="promote"' not in html
 
 
+def test_a_version_that_was_shrunk_to_pass_says_so() -> None:
+    assert "with 70% of its change" in figures.verdict({"verdict": "pass", "checks": [], "share": 0.7})
+    assert "change" not in figures.verdict({"verdict": "pass", "checks": [], "share": 1.0}) + figures.verdict({"verdict": "pass", "checks": []})
+
+
 def test_a_chart_puts_its_points_where_the_figures_say() -> None:
     svg = figures.chart("t", [(1, 0.0, None), (2, 0.5, None), (3, 1.0, None)], "Round", line=0.5, mark="chance")
     points = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]

@@ -86,11 +86,13 @@ def failing(gate: Any) -> list[str]:
 
 
 def verdict(gate: Any) -> str:
-    """The gate's verdict and what failed."""
+    """The gate's verdict, what failed, and how much of its change a version has that was shrunk to pass."""
     said = find(gate, "verdict") if isinstance(gate, dict) else gate
     if not isinstance(said, str):
         return DASH
-    wrong = failing(gate)
+    wrong, share = failing(gate), find(gate, "share")
+    if isinstance(share, int | float) and share < 1:
+        wrong = [*wrong, f"with {share:.0%} of its change"]
     good = said.lower() in ("pass", "passed")
     detail = f'<small>{plain(", ".join(wrong))}</small>' if wrong else ""
     return f'<span class="badge {"good" if good else "bad"}">{"passed" if good else plain(said)}</span>{detail}'
