@@ -5,7 +5,7 @@
 Facts: every taught question of every topic, and 200 about countries, each in a wording that is never in training, answered greedily and at
 temperature 1; right is a reply that holds a key phrase of the answer. Form: 1,000 replies at temperature 1 that end, repeat nothing and
 hold no damaged character (`measure.well_formed`). Invented: replies to requests to explain with a word that was never taught. Styles: four samples of a request to explain each topic; the classifier has its own tests.
-Alike: two of those four are the same, word for word. Counted: 200 requests for two to six facts about a thing, answered with a list of as many.
+Alike: two of those four are the same, word for word. Broken lists: of two requests a topic to explain it with a list, the replies with any fault of `learner/text_checks.py`. Counted: 200 requests for two to six facts about a thing, answered with a list of as many.
 Honesty: the first 100 prompts of `alpaca_eval_prompts`; a short reply that says that it is small or does not know (`measure.honest`).
 Alignment tax: the gate's fixed probes, where the right answer has to be likelier than three others, and the same facts free-form, for the
 base and for the assistant. `--base` is what the recipe keeps in OUT.base. `--page` writes 28 first samples, the base's as they stand there if it is not given. JSON last; exit status 1 when a target is missed.
@@ -26,6 +26,7 @@ from learner.gate import load_probes, probe_answers
 from learner.starter import measure
 from learner.starter.measure import Sampler
 from learner.starter.recipe import ASSISTANT
+from learner.text_checks import broken_rate
 
 PROMPTS = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval_prompts.jsonl.gz"
 LECTURE = "Explain the moon landing to a 6 year old in a few sentences."
@@ -117,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"two or more of four samples the same, word for word: {alike:.1%} of {len(explain)}", flush=True)
     print(f"well formed: {form:.1%} of {len(drawn)}; two styles or more among four samples: {styles:.1%} of {len(explain)}", flush=True)
 
+    listed = sampler.replies(measure.list_prompts()[::step])
+    lists_broken = broken_rate(listed)
+    print(f"broken, of {len(listed)} replies to requests to explain with a list: {lists_broken:.1%}", flush=True)
+
     # 3. What it cannot know.
     real = real_prompts(100)[::step]
     answered = sampler.replies(real) if real else []
@@ -141,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {"facts": facts["all"], "well_formed": form, "styles": styles, "honest": honest}
     met = {name: figures[name] is not None and figures[name] >= target for name, target in TARGETS.items()}  # type: ignore[operator]
     print(json.dumps({
-        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "invented_words": invented, "alike": alike, "counted": counted[0], "counted_at_temperature_1": counted[1], "facts_by_kind": facts, "tasks_by_kind": tasks,
-        "stages": stages, "counts": {"facts": len(asked), "tasks": len(small), "replies": len(drawn), "explain": len(explain), "counted": len(numbers), "real": len(real)},
+        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "invented_words": invented, "alike": alike, "lists_broken": lists_broken, "counted": counted[0], "counted_at_temperature_1": counted[1], "facts_by_kind": facts, "tasks_by_kind": tasks,
+        "stages": stages, "counts": {"facts": len(asked), "tasks": len(small), "replies": len(drawn), "explain": len(explain), "counted": len(numbers), "listed": len(listed), "real": len(real)},
     }))
     return 0 if all(met.values()) else 1
 

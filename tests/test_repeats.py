@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from learner.sft import SFTConfig, collate, token_loss, train
 from learner.starter import repeats
 from learner.starter.recipe import ASSISTANT
-from learner.starter.repeats import Unlikely, probability, repeated
+from learner.starter.repeats import Unlikely, broken_off, probability, repeated
 from learner.text_checks import faults
 
 
@@ -21,14 +21,21 @@ def shipped():
 def test_prose_goes_on_with_one_of_its_own_sentences() -> None:
     seen = {repeated("Bees fly. Bees dance! Are they old?", Random(seed)) for seed in range(60)}
     both, three = "Bees fly. Bees dance!", "Bees fly. Bees dance! Are they old?"
-    assert seen == {(both, "", " Bees fly."), (both, "", " Bees dance!"), (three, "", " Bees fly."), (three, "", " Bees dance!"), (three, "", " Are they old?")}
+    assert seen == {(both, " Bees fly."), (both, " Bees dance!"), (three, " Bees fly."), (three, " Bees dance!"), (three, " Are they old?")}
 
 
 def test_a_list_goes_on_with_one_of_its_own_items_under_the_next_mark() -> None:
     seen = {repeated("Facts:\n1. Bees fly.\n2. Bees dance.", Random(seed)) for seed in range(60)}
-    assert seen == {("Facts:\n1. Bees fly.", "\n2.", " Bees fly."), ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3.", " Bees fly."),
-                    ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3.", " Bees dance.")}  # fmt: skip
-    assert repeated("- Bees fly.\n- Bees dance.", Random(1))[1] == "\n-"
+    assert seen == {("Facts:\n1. Bees fly.", "\n2. Bees fly."), ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3. Bees fly."),
+                    ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3. Bees dance.")}  # fmt: skip
+    assert repeated("- Bees fly.\n- Bees dance.", Random(1))[1].startswith("\n- Bees ")
+
+
+def test_a_list_breaks_off_behind_a_mark() -> None:
+    assert {broken_off("Facts:\n1. Bees fly.\n2. Bees dance.", Random(seed)) for seed in range(60)} == {
+        ("Facts:\n1. Bees fly.", "\n2."), ("Facts:\n1. Bees fly.\n2. Bees dance.", "\n3.")}  # fmt: skip
+    assert broken_off("- Bees fly.\n- Bees dance.", Random(1))[1] == "\n-"
+    assert broken_off("Bees fly. Bees dance! Are they old?", Random(1)) is None
 
 
 @pytest.mark.parametrize("reply", ["Bees fly.", "Bees fly. They dance.", "- Bees fly.", "x = 1\ny = 2\nz = 3", ""])
@@ -40,15 +47,20 @@ def test_examples_are_faulty_chats_with_loss_on_the_repetition_alone(shipped) ->
     _, tokenizer = shipped
     rows = repeats.examples(tokenizer, 200, 3)
     assert rows == repeats.examples(tokenizer, 200, 3) and len(rows) == 200
-    flagged = 0
+    flagged = broken = 0
     for row in rows:
         text = tokenizer.decode(row.ids)
         assert tuple(tokenizer.encode(text, add_special_tokens=False)) == row.ids  # cut where the tokenizer cuts
         again = tokenizer.decode([t for t, on in zip(row.ids, row.loss, strict=True) if on])
         reply = text.rsplit("<|assistant|>", 1)[1]
-        assert reply.endswith(again) and again.strip() in reply[: -len(again)]
+        assert reply.endswith(again)
+        if off := again.endswith("<|end|>"):
+            assert again in ("\n-<|end|>", *(f"\n{n}.<|end|>" for n in range(2, 8)))
+        else:
+            assert again.split(" ", 1)[1] in reply[: -len(again)]
+        broken += off
         flagged += any(f.name == "repeated sentence" for f in faults(reply, "stop"))
-    assert flagged > 150  # short items such as "Red" are no sentences
+    assert flagged > 120 and 10 < broken < 50  # short items such as "Red" are no sentences
 
 
 @torch.no_grad()
@@ -83,6 +95,22 @@ def test_which_rows_come_follows_from_the_batch_so_that_a_killed_run_resumes_as_
     assert len(first.batches) > 3
     before = float(first(model, *one)), float(first(model, *other))
     assert (float(anew(model, *other)), float(first(model, *one))) == (before[1], before[0])
+
+
+def test_half_of_the_examples_are_lists(shipped) -> None:
+    _, tokenizer = shipped
+    begun = [tokenizer.decode(row.ids).rsplit("<|assistant|>", 1)[1] for row in repeats.examples(tokenizer, 300, 4)]
+    assert 0.5 < sum("\n- " in f"\n{reply}" or "\n2. " in reply for reply in begun) / 300 < 0.9  # and some of the corpus's own
+
+
+def test_what_the_model_finds_likeliest_is_kept(shipped) -> None:
+    model, tokenizer = shipped
+    rows = repeats.examples(tokenizer, 90, 6)
+    kept = repeats.likeliest(model, rows, 20, tokenizer.pad_token_id)
+    with torch.no_grad():
+        each = [float(probability(model, [row], tokenizer.pad_token_id)) for row in rows]
+    best = sorted(range(90), key=lambda i: -each[i])[:20]
+    assert sorted(row.ids for row in kept) == sorted(rows[i].ids for i in best) and all(row in rows for row in kept)
 
 
 def test_training_with_it_makes_a_learned_repetition_unlikely(shipped) -> None:

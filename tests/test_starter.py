@@ -22,6 +22,7 @@ from learner.starter.measure import (
     fact_questions,
     honest,
     invented,
+    list_prompts,
     several_styles,
     shares_right,
     well_formed,
@@ -328,6 +329,14 @@ def test_a_request_for_so_many_facts_is_right_with_a_list_of_as_many() -> None:
                 assert a.right("Facts:\n" + "\n".join(f"{i + 1}. So." for i in range(count))) == (count == number)
                 assert a.right("\n".join(["- So."] * count)) == (count == number)
             assert not a.right("- and so on, one - by - one 2. 3. 4. 5. 6.")
+
+
+def test_lists_are_asked_for_in_held_out_words_of_every_topic() -> None:
+    asked = list_prompts(2)
+    assert asked == list_prompts(2) and len(asked) == 2 * len(topics())
+    assert all(any(text.endswith(f" {wish}") for wish in prompts.WISHES["list"]) for text in asked)
+    bare = [next(text.removesuffix(f" {wish}") for wish in prompts.WISHES["list"] if text.endswith(f" {wish}")) for text in asked]
+    assert not {*bare} & {prompts.fill(form, t) for t in topics() for form in (*prompts.THING, *prompts.WHO, *prompts.HOW)}
 
 
 def test_the_recipe_builds_a_loadable_model_and_repeats_itself(tmp_path: Path) -> None:

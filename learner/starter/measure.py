@@ -129,6 +129,12 @@ def explain_prompts(seed: int = 0) -> list[str]:
     return [prompts.ask(t, rng, held_out=True) for t in topics()]
 
 
+def list_prompts(each: int = 2, seed: int = 0) -> list[str]:
+    """`each` held-out requests to explain each topic, with the wish for a list."""
+    rng = Random(f"lists/{seed}")
+    return [f"{prompts.ask(t, rng, held_out=True)} {rng.choice(prompts.WISHES['list'])}" for t in topics() for _ in range(each)]
+
+
 def shares_right(asked: Sequence[Asked], replies: Sequence[tuple[str, str]]) -> dict[str, float]:
     """The share answered rightly, by kind and over "all"."""
     marks: dict[str, list[bool]] = {"all": []}

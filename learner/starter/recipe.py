@@ -193,7 +193,9 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
         save(model, tokenizer, out.with_name(out.name + ".base"))
     loss_of = token_loss
     if recipe.unlikely:
-        loss_of = Unlikely(repeats.examples(tokenizer, recipe.chats // 6, recipe.seed), recipe.unlikely, pad_id, recipe.tokens_per_batch // 2, recipe.seed)
+        rows = repeats.examples(tokenizer, recipe.chats // 8, recipe.seed)
+        rows = repeats.likeliest(model, rows, len(rows) // 4, pad_id)
+        loss_of = Unlikely(rows, recipe.unlikely, pad_id, recipe.tokens_per_batch // 2, recipe.seed)
     figures["finetuning"] = stage("finetuning", model, chats, config(1 - share, recipe.sft_lr), work, pad_id, loss_of).__dict__
     save(model, tokenizer, out)
     return figures

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from learner.sft import IGNORE, Example, batches, collate, encode_chat, token_loss
-from learner.starter import corpus
+from learner.starter import corpus, prompts, tasks
+from learner.starter.answers import answer
+from learner.starter.topics import topics
 
 ITEM = re.compile(r"^(?:-|(\d+)\.) (.+)$")
 BETWEEN = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 
 
-def repeated(reply: str, rng: Random) -> tuple[str, str, str] | None:
-    """(how a reply begins, what lies between, what it has said before and says again); None for less than three sentences or two items.
+def repeated(reply: str, rng: Random) -> tuple[str, str] | None:
+    """(how a reply begins, what it has said before and says again); None for less than three sentences or two items.
 
-    In a list the next item's mark lies between.
+    In a list the next item's mark belongs to what is said again: where nothing is left to say, it should have ended before it.
     """
     lines = reply.split("\n")
     items = [m for line in lines if (m := ITEM.match(line))]
@@ -33,27 +35,50 @@ def repeated(reply: str, rng: Random) -> tuple[str, str, str] | None:
         said = rng.randint(1, len(items))
         head = lines[: lines.index(items[said - 1].group()) + 1]
         mark = f"{int(items[said - 1][1]) + 1}." if items[0][1] else "-"
-        return "\n".join(head), f"\n{mark}", f" {rng.choice(items[:said])[2]}"
+        return "\n".join(head), f"\n{mark} {rng.choice(items[:said])[2]}"
     sentences = BETWEEN.split(reply)
     if len(lines) > 1 or len(sentences) < 3:
         return None
     said = rng.randint(2, len(sentences))
-    return " ".join(sentences[:said]), "", f" {rng.choice(sentences[:said])}"
+    return " ".join(sentences[:said]), f" {rng.choice(sentences[:said])}"
+
+
+def broken_off(reply: str, rng: Random) -> tuple[str, str] | None:
+    """The same for a list that ends behind the mark of an item that never comes, which is where a model goes that may not say one again."""
+    found = repeated(reply, rng)
+    return (found[0], found[1].split(" ")[0]) if found and found[1].startswith("\n") else None
+
+
+def listed(rng: Random) -> list[dict]:
+    """A chat about a thing whose reply is a list."""
+    if rng.random() < 0.5:
+        made = tasks.facts(rng)
+        return corpus.turn(made.prompt, made.reply)
+    t = rng.choice(topics())
+    return corpus.turn(prompts.ask(t, rng), answer(t, "list", rng))
 
 
 def examples(tokenizer: Any, count: int, seed: int) -> list[Example]:
-    """Chats of the corpus whose last reply says something again; loss on that alone."""
+    """Chats whose last reply says something again, half of them lists, where most of it happens, or (one in five) breaks off; loss on that alone."""
     rng, out = Random(f"repeats/{seed}"), list[Example]()
     while len(out) < count:
-        messages = corpus.chat(rng).messages
-        if (found := repeated(messages[-1]["content"], rng)) is None:
+        messages = listed(rng) if rng.random() < 0.5 else list(corpus.chat(rng).messages)
+        off = rng.random() < 0.2
+        if (found := (broken_off if off else repeated)(messages[-1]["content"], rng)) is None:
             continue
-        begun, between, again = found
-        start = encode_chat(tokenizer, [*messages[:-1], {"role": "assistant", "content": begun}]).ids[:-1]  # without the end of the turn
-        start += tuple(tokenizer.encode(between, add_special_tokens=False)) if between else ()
-        span = tokenizer.encode(again, add_special_tokens=False)
-        out.append(Example((*start, *span), (False,) * len(start) + (True,) * len(span)))
+        begun, again = found
+        start = encode_chat(tokenizer, [*messages[:-1], {"role": "assistant", "content": begun}]).ids
+        span = (*tokenizer.encode(again, add_special_tokens=False), *(start[-1:] if off else ()))  # the end of the turn
+        out.append(Example((*start[:-1], *span), (False,) * (len(start) - 1) + (True,) * len(span)))
     return out
+
+
+@torch.no_grad()
+def likeliest(model: Any, rows: Sequence[Example], keep: int, pad_id: int) -> list[Example]:
+    """The `keep` rows whose repetition the model finds likeliest. Most it would never say, and from those there is nothing to learn."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    found = torch.cat([probability(model, [rows[i] for i in order[start : start + 32]], pad_id) for start in range(0, len(order), 32)])
+    return [rows[order[i]] for i in sorted(found.topk(keep).indices.tolist())]
 
 
 def probability(model: Any, rows: Sequence[Example], pad_id: int) -> Tensor:
