@@ -44,6 +44,12 @@ class Served:
         """A client that speaks for `voter`."""
         return httpx.Client(base_url=self.url, headers={"Plaudit-Voter": voter, **headers}, timeout=60, trust_env=False)
 
+    def slow(self, seconds: float = 0.005) -> None:
+        """Every step of the engine takes so much longer from now on: what is to be cut off has a middle, on however fast a machine."""
+        engine = self.runtime.bridge._engine
+        step = engine.step
+        engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
+
     def until(self, condition: Any, timeout_s: float = 30.0) -> None:
         """Wait until `condition()` is true; fails after `timeout_s`."""
         end = time.monotonic() + timeout_s

@@ -456,6 +456,7 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(tiny_llama: Path, tmp_path: P
 
 def test_the_deadline_is_a_504_and_frees_the_slots(tiny_llama: Path, tmp_path: Path) -> None:
     with served(settings_for(tmp_path, tiny_llama, request_timeout_s=0.2, max_tokens=480)) as running, running.client() as c:
+        running.slow()
         error_of(chat(c, n=8, max_tokens=450, temperature=2), 504)
         running.until(lambda: running.runtime.bridge.stats.running == 0)
         with c.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "n": 8, "max_tokens": 450, "stream": True, "temperature": 2}) as answer:
@@ -468,6 +469,7 @@ def test_the_deadline_is_a_504_and_frees_the_slots(tiny_llama: Path, tmp_path: P
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_all_its_slots(tiny_llama: Path, tmp_path: Path, stream: bool) -> None:
     with served(settings_for(tmp_path, tiny_llama, max_tokens=480)) as running:
+        running.slow()
         body = {"messages": HELLO, "n": 8, "max_tokens": 450, "stream": stream, "temperature": 2}
 
         async def leave() -> None:
@@ -489,6 +491,7 @@ def test_a_client_that_leaves_frees_all_its_slots(tiny_llama: Path, tmp_path: Pa
 
 def test_shutdown_lets_running_requests_finish_and_turns_new_ones_away(tiny_llama: Path, tmp_path: Path) -> None:
     with served(settings_for(tmp_path, tiny_llama, max_tokens=480)) as running:
+        running.slow()
         answers: list[httpx.Response] = []
 
         def long() -> None:
