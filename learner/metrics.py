@@ -299,7 +299,7 @@ def reward_report(
         report |= {
             "pairs": pairs,
             "accuracy": interval_dict(clustered_accuracy(model, labels, pairs)),
-            "interval": "Wilson, 95%, effective n from the variance between prompts; a comparison counts once",
+            "interval": "Wilson, 95%, Student's quantile, effective n from the variance between prompts; a comparison counts once",
             "ece": round(ece(probabilities, weights), 4),
             "brier": round(brier(probabilities, weights), 4),
             "reliability": reliability(probabilities, weights),

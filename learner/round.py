@@ -214,11 +214,14 @@ class Learner:
         name, tried = record["reference"], list[dict[str, Any]]()
         trained = {key: p.detach().clone() for key, p in self.model.lora.parameters(POLICY).items()}
         for attempt in range(config.attempts):
+            def shown(fraction: float, words: str, before: int = attempt) -> None:
+                progress((before + fraction) / config.attempts, words)
+
             share = config.shrink**attempt
             shrink(self.model.lora, POLICY, began, trained, share)
             record["gate"] = run_gate(
                 self.model, self.tokenizer, judges, prompts=prompts.held_out, candidate=POLICY, live=start, reference=reference, config=config,
-                seed=seed, facts=self.facts.get(name), progress=lambda f, m, at=attempt: progress((at + f) / config.attempts, m),  # type: ignore[misc]
+                seed=seed, facts=self.facts.get(name), progress=shown,
             )  # fmt: skip
             if held := record["gate"].get("reference_probe"):
                 self.facts[name] = Probe(**held)

@@ -55,7 +55,7 @@ def shrink(lora: LoraBank, name: str, start: str | None, trained: Mapping[str, T
     began = lora.parameters(start) if start else None
     for key, weight in lora.parameters(name).items():
         if began is not None:
-            weight.copy_(began[key] + share * (trained[key] - began[key]))
+            weight.copy_(began[key].lerp(trained[key], share))  # exact at both ends
         else:
             weight.copy_(trained[key] * (share if ".lora_B." in key else 1.0))
 

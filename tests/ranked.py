@@ -7,14 +7,20 @@ import random
 from learner.config import RewardConfig
 from learner.data import RankedExample
 
-QUIET = lambda fraction, message: None  # noqa: E731
 SMALL = RewardConfig(members=2, folds=3, epochs=1, lora_r=4, lora_alpha=8, batch=4)
+
+
+def quiet(fraction: float, message: str) -> None:
+    """Progress that nobody looks at."""
 
 
 def replies(count: int, seed: int, k: int = 3, end: int = 1) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
     """Random prompts with k random replies each."""
     rng = random.Random(seed)
-    draw = lambda least, most: tuple(rng.randrange(5, 400) for _ in range(rng.randrange(least, most)))  # noqa: E731
+
+    def draw(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(5, 400) for _ in range(rng.randrange(least, most)))
+
     return [(draw(4, 9), [(*draw(3, 20), end) for _ in range(k)]) for _ in range(count)]
 
 

@@ -48,7 +48,12 @@ class Served:
         """Every step of the engine takes so much longer from now on: what is to be cut off has a middle, on however fast a machine."""
         engine = self.runtime.bridge._engine
         step = engine.step
-        engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
+
+        def late() -> Any:
+            time.sleep(seconds)
+            return step()
+
+        engine.step = late
 
     def until(self, condition: Any, timeout_s: float = 30.0) -> None:
         """Wait until `condition()` is true; fails after `timeout_s`."""

@@ -13,7 +13,7 @@ from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig
 from learner.reward import RewardModel
 from learner.reward_fit import fit_members
-from tests.ranked import QUIET, SMALL, replies, shortest_wins
+from tests.ranked import SMALL, quiet, replies, shortest_wins
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_long_prompts_lose_their_oldest_tokens_and_never_the_reply(model: Causal
 
 def test_saved_and_loaded_it_gives_the_same_scores(model: CausalModel, tmp_path: Path) -> None:
     examples = shortest_wins(12, 4)
-    reward = fit_members(model, examples, SMALL, 1, 0.01, 5, QUIET)
+    reward = fit_members(model, examples, SMALL, 1, 0.01, 5, quiet)
     expected = reward.score_examples(examples)
     reward.save(tmp_path / "reward")
     reward.delete()
@@ -68,7 +68,7 @@ def test_saved_and_loaded_it_gives_the_same_scores(model: CausalModel, tmp_path:
 
 def test_heads_on_the_bare_base_need_no_adapter_on_disk_either(model: CausalModel, tmp_path: Path) -> None:
     examples = shortest_wins(12, 4)
-    reward = fit_members(model, examples, SMALL, 0, 0.01, 5, QUIET)
+    reward = fit_members(model, examples, SMALL, 0, 0.01, 5, quiet)
     assert [m.adapter for m in reward.members] == [None, None]
     reward.save(tmp_path / "heads")
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["heads.safetensors", "reward.json"]

@@ -20,7 +20,7 @@ from learner.heads import linear_probe
 from learner.metrics import pair_accuracy
 from learner.reward import RewardDiverged, RewardModel, features_of
 from learner.reward_fit import Fit, Known, base_features, comparisons_loss, cross_validate, fit_members
-from tests.ranked import QUIET, SMALL, example, repeating_wins, replies, shortest_wins
+from tests.ranked import SMALL, example, quiet, repeating_wins, replies, shortest_wins
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_members_learn_the_level_with_their_adapter(model: CausalModel) -> None:
     examples = repeating_wins(16, 12)
     examples += [replace(e, groups=(), refused=(0, 1, 2), prompt_key=f"q{n}") for n, e in enumerate(repeating_wins(8, 13))]
     examples = [replace(e, accepted=e.groups[0]) if e.groups else e for e in examples]
-    heads, trained = (fit_members(model, examples, SMALL, epochs, 0.1, 0, QUIET) for epochs in (0, 1))
+    heads, trained = (fit_members(model, examples, SMALL, epochs, 0.1, 0, quiet) for epochs in (0, 1))
     before, after = (r.members[0].level.item() for r in (heads, trained))
     assert before != 0.0 and after != before
     trained.delete()
@@ -93,10 +93,10 @@ def test_voters_who_vote_at_random_weigh_less_in_what_is_fitted(model: CausalMod
         if e.voter == "v3":
             best = rng.randrange(3)
             examples[n] = replace(e, groups=((best,), tuple(i for i in range(3) if i != best)))
-    checked = cross_validate(model, examples, split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, QUIET)
+    checked = cross_validate(model, examples, split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, quiet)
     assert checked.voters["v3"].weight < 0.8 * min(checked.voters[v].weight for v in ("v0", "v1", "v2"))
     assert [e.weight for e in checked.examples] == [checked.voters[e.voter].weight for e in examples]
-    alone = cross_validate(model, [replace(e, voter="v") for e in examples], split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, QUIET)
+    alone = cross_validate(model, [replace(e, voter="v") for e in examples], split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, quiet)
     assert {e.weight for e in alone.examples} == {1.0}
 
 
@@ -113,7 +113,7 @@ def test_it_learns_a_taste_and_only_members_change(model: CausalModel) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     examples = repeating_wins(40, 2)
     config = RewardConfig(members=2, epochs=1, ridge=0.01, lora_r=4, lora_alpha=8)
-    reward = fit_members(model, examples, config, 1, 0.01, 0, QUIET)
+    reward = fit_members(model, examples, config, 1, 0.01, 0, quiet)
     fresh = repeating_wins(60, 3)
     means = [scores.mean(1).tolist() for scores in reward.score_examples(fresh)]
     accuracy = np.mean([pair_accuracy(s, e.groups) for s, e in zip(means, fresh, strict=True)])
@@ -125,9 +125,9 @@ def test_it_learns_a_taste_and_only_members_change(model: CausalModel) -> None:
 
 def test_the_same_seed_gives_the_same_members(model: CausalModel) -> None:
     examples = shortest_wins(12, 6)
-    first = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, QUIET).score_examples(examples))
-    second = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, QUIET).score_examples(examples))
-    other = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 8, QUIET).score_examples(examples))
+    first = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, quiet).score_examples(examples))
+    second = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 7, quiet).score_examples(examples))
+    other = torch.cat(fit_members(model, examples, SMALL, 1, 0.01, 8, quiet).score_examples(examples))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -138,19 +138,19 @@ def test_every_vote_is_scored_by_a_member_that_never_saw_it(model: CausalModel) 
     for n, (prompt, completions) in enumerate(replies(60, 8, k=2)):
         examples.append(example(prompt, completions, [[0], [1]] if rng.random() < 0.5 else [[1], [0]], n))
     split = split_folds(examples, 3, 0)
-    checked = cross_validate(model, examples, split, RewardConfig(epochs=1, ridge=1e-3, lora_r=4), 0, QUIET)
+    checked = cross_validate(model, examples, split, RewardConfig(epochs=1, ridge=1e-3, lora_r=4), 0, quiet)
     assert sorted(checked.scores) == list(range(60))
     held_out = np.mean([pair_accuracy(checked.scores[i], examples[i].groups) for i in range(60)])
     assert 0.27 < held_out < 0.73  # 0.5 +- 3.5 standard errors
     leaky = Split((Fold(tuple(range(60)), tuple(range(60))),), "prompt", "")
-    seen = cross_validate(model, examples, leaky, RewardConfig(epochs=0, ridge=1e-3, lora_r=4), 0, QUIET)
+    seen = cross_validate(model, examples, leaky, RewardConfig(epochs=0, ridge=1e-3, lora_r=4), 0, quiet)
     assert np.mean([pair_accuracy(seen.scores[i], examples[i].groups) for i in range(60)]) > 0.9  # what a leak looks like
 
 
 def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: CausalModel) -> None:
     examples = shortest_wins(24, 9)
     config = RewardConfig(epochs=2, lr=0.5, head_lr=0.5, lora_r=4)  # steps so wild that they only do harm
-    checked = cross_validate(model, examples, split_folds(examples, 3, 0), config, 0, QUIET)
+    checked = cross_validate(model, examples, split_folds(examples, 3, 0), config, 0, quiet)
     assert checked.epochs == 0 and checked.curve[0] == min(checked.curve)
     assert [m.adapter for m in checked.judges.members] == [None] * 3 and "judge0" not in model.lora.names()
     features = base_features(checked.judges, examples)
@@ -164,7 +164,7 @@ def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
     examples = shortest_wins(12, 10)
     config = RewardConfig(epochs=2, lr=1e30, head_lr=1e30, lora_r=4)
     with pytest.raises(RewardDiverged):
-        fit_members(model, examples, config, 2, 0.01, 0, QUIET)
+        fit_members(model, examples, config, 2, 0.01, 0, quiet)
 
 
 def test_votes_that_the_base_makes_no_number_of_end_the_round_by_name(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:

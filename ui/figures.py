@@ -90,11 +90,11 @@ def verdict(gate: Any) -> str:
     said = find(gate, "verdict") if isinstance(gate, dict) else gate
     if not isinstance(said, str):
         return DASH
-    wrong, share = failing(gate), find(gate, "share")
+    said_of_it, share = failing(gate), find(gate, "share")
     if isinstance(share, int | float) and share < 1:
-        wrong = [*wrong, f"with {share:.0%} of its change"]
+        said_of_it.append(f"with {share:.0%} of its change")
     good = said.lower() in ("pass", "passed")
-    detail = f'<small>{plain(", ".join(wrong))}</small>' if wrong else ""
+    detail = f'<small>{plain(", ".join(said_of_it))}</small>' if said_of_it else ""
     return f'<span class="badge {"good" if good else "bad"}">{"passed" if good else plain(said)}</span>{detail}'
 
 

@@ -194,6 +194,7 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
     loss_of = token_loss
     if recipe.unlikely:
         rows = repeats.examples(tokenizer, recipe.chats // 8, recipe.seed)
+        print(f"looking for the likeliest of {len(rows)} repetitions", flush=True)
         rows = repeats.likeliest(model, rows, len(rows) // 4, pad_id)
         loss_of = Unlikely(rows, recipe.unlikely, pad_id, recipe.tokens_per_batch // 2, recipe.seed)
     figures["finetuning"] = stage("finetuning", model, chats, config(1 - share, recipe.sft_lr), work, pad_id, loss_of).__dict__
