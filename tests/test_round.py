@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,32 @@ def test_a_version_that_goes_too_far_is_shrunk_until_it_passes(tmp_path: Path, p
     full, part = (load_file(AdapterRegistry(where / "adapters").path("v000001") / "adapter_model.safetensors") for where in (published[0], tmp_path))
     for name, weight in part.items():
         assert torch.allclose(weight, (0.7 if ".lora_B." in name else 1.0) * full[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_later_version_is_shrunk_towards_where_its_round_began(
+    tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer, anew: bool
+) -> None:
+    data_dir, first, _ = published
+    ppo = QUICK.ppo
+    if anew:  # the live version is too far from the reference: the round begins there
+        ppo = replace(ppo, updates=1, lr=ppo.lr / 4, kl_target=0.5 * first["ppo"]["kl"], kl_ceiling=1.0)
+
+    def weights(attempts: int) -> dict[str, torch.Tensor]:
+        where = tmp_path / str(attempts)
+        shutil.copytree(data_dir, where)
+        never = replace(QUICK, ppo=ppo, gate=replace(LOOSE, max_kl=-1.0, attempts=attempts))
+        with Store.open(where, read_only=True) as store:
+            second = run(learner_on(where, model, tokenizer, never), store.voted_comparisons(), live=first["version"])
+        assert second["state"] == "rejected" and bool(second["ppo"]["note"]) is anew
+        return load_file(AdapterRegistry(where / "adapters").path(second["version"]) / "adapter_model.safetensors")
+
+    live = load_file(AdapterRegistry(data_dir / "adapters").path(first["version"]) / "adapter_model.safetensors")
+    full, part = weights(attempts=1), weights(attempts=2)
+    for name, weight in part.items():
+        expected = full[name] * (0.7 if ".lora_B." in name else 1.0) if anew else live[name].lerp(full[name], 0.7)
+        assert torch.allclose(weight, expected, atol=1e-6)
+    assert any(not torch.equal(full[name], part[name]) for name in part)
 
 
 def test_a_version_that_loses_is_asked_once(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:

@@ -154,8 +154,9 @@ def _thing(t: Topic, style: str, rng: Random) -> str:
         return f"{gist} {body} {rng.choice(t.example)}" if rng.random() < 0.2 else f"{gist} {body}"
     if style == "list":
         numbered = rng.random() < 0.5
-        if numbered:  # from the first on: the number says which fact comes, and that the sixth is the last
-            lines = [rng.choice(wordings) for wordings in t.facts[: rng.choice((3, 4, 5, 6))]]
+        if numbered:  # from the first on, or from any that leaves three; where the facts end, so does the list, whatever its number
+            start = 0 if rng.random() < 0.65 else rng.randint(1, len(t.facts) - 3)
+            lines = [rng.choice(wordings) for wordings in t.facts[start : start + rng.choice((3, 4, 5, 6))]]
         else:
             lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist])
             if rng.random() < 0.3:
