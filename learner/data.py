@@ -32,7 +32,8 @@ class RankedExample:
 
     prompt_ids: the rendered conversation, generation prompt included. completions_ids: K replies as sampled (with
     their end token where they had one) and, where the voter wrote a better one, that as one more at the end. groups:
-    the ranking of the shown ones, best first, ties grouped, indices into completions_ids; () when it ranks nothing.
+    the ranking of the shown ones, best first, ties grouped, indices into completions_ids, of replies that read the same
+    only the best; () when it ranks nothing.
     """
 
     prompt_ids: tuple[int, ...]
@@ -95,6 +96,7 @@ class Split:
 def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[RankedExample]:
     """RankedExamples of standing votes (`store.records.VotedComparison`), oldest first.
 
+    Replies that read the same are one (`distinct`): choosing between them says nothing.
     An edit beats what it edited: the favourite (the first group) it was based on, or all replies shown where none was
     good. It counts unless it repeats a reply. "None good" refuses all; a favourite accepts itself, unless the choice
     was made elsewhere (imports), where nobody could refuse. Votes that state nothing at all (a ranking of one) are left
@@ -103,11 +105,12 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
     examples = []
     for item in sorted(voted, key=lambda item: item.vote.seq):
         comparison, vote = item.comparison, item.vote
-        groups = tuple(tuple(int(i) for i in group) for group in vote.groups)
         replies = by_index(comparison.completions)
-        shown = tuple(range(len(replies)))
+        texts = [c.text.strip() for c in replies]
+        groups = distinct(vote.groups, texts)
+        shown = tuple(texts.index(text) for text in dict.fromkeys(texts))
         strict = bool(strict_pairs(groups))
-        own = vote.edit if vote.edit and vote.edit.strip() not in {c.text.strip() for c in replies} else None
+        own = vote.edit if vote.edit and vote.edit.strip() not in texts else None
         refused = shown if vote.kind == "none" else ()
         if not (strict or tied_pairs(groups) or own or refused):
             continue
@@ -136,6 +139,17 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
             )
         )
     return examples
+
+
+def distinct(groups: Iterable[Iterable[int]], texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """A ranking, best first, with each text once, where it ranks best; `texts` are what the indices in `groups` stand for."""
+    seen: set[str] = set()
+    out = []
+    for group in groups:
+        first = {texts[i]: int(i) for i in reversed([*group]) if texts[i] not in seen}
+        seen |= first.keys()
+        out.append(tuple(sorted(first.values())))
+    return tuple(group for group in out if group)
 
 
 def newest(examples: Sequence[RankedExample], count: int) -> list[RankedExample]:

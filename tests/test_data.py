@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.data import RankedExample, data_digest, deal, examples_from_votes, newest, split_folds
+from learner.data import RankedExample, data_digest, deal, distinct, examples_from_votes, newest, split_folds
 
 
 class Letters:
@@ -70,6 +70,36 @@ def test_the_replies_that_were_not_the_favourite_are_not_called_equal() -> None:
     (favourite,) = examples_from_votes([vote(1, [[0], [1, 2]])], Letters())
     (ranking,) = examples_from_votes([vote(1, [[0], [1, 2]], "ranking")], Letters())
     assert favourite.tied == [] and ranking.tied == [(1, 2)]
+
+
+def test_replies_that_read_the_same_are_one() -> None:
+    votes = [
+        vote(1, [[2], [0, 1]]), vote(2, [[0], [1, 2]]), vote(3, [[0, 1, 2]], "tie"), vote(4, [[0, 2]], "tie"), vote(5, [[0], [2]]),
+        vote(6, [], "none"), vote(7, [[0], [2], [1]], "ranking"), vote(8, [[0], [2]], edit="new"),
+    ]  # fmt: skip
+    for item in votes:
+        for reply in item.comparison.completions:
+            reply.text = "a " if reply.index == 2 else reply.text
+    got = {e.seq: e for e in examples_from_votes(votes, Letters())}
+    assert 4 not in got and 5 not in got  # nothing was said
+    assert [got[n].stated for n in (1, 2, 7, 8)] == [[(2, 1)], [(0, 1)], [(0, 1)], [(3, 0)]]
+    assert got[3].tied == [(0, 1)] and got[6].refused == (0, 1)
+
+
+@given(
+    st.permutations(range(5)).flatmap(lambda order: st.lists(st.sampled_from(range(1, 6)), max_size=4).map(
+        lambda cuts: [part for a, b in zip([0, *sorted(set(cuts))], [*sorted(set(cuts)), 5], strict=True) if (part := order[a:b])]
+    )),
+    st.lists(st.sampled_from("abc"), min_size=5, max_size=5),
+)
+def test_each_text_keeps_its_best_place(groups: list[list[int]], texts: list[str]) -> None:
+    found = distinct(groups, texts)
+    kept = [i for group in found for i in group]
+    assert sorted(texts[i] for i in kept) == sorted(set(texts))
+    rank = {i: n for n, group in enumerate(groups) for i in group}
+    assert all(rank[i] == min(rank[j] for j in range(5) if texts[j] == texts[i]) for i in kept)
+    assert [min(rank[i] for i in group) for group in found] == sorted({rank[i] for i in kept})
+    assert distinct(found, texts) == found
 
 
 def test_the_digest_ignores_order_and_sees_every_change() -> None:

@@ -364,6 +364,18 @@ def test_votes_have_the_shape_of_the_contract(choice, edit, body: dict) -> None:
     assert Chat(choice=choice, edit=edit).vote() == body
 
 
+def test_a_reply_that_reads_like_another_says_so_once_all_are_there() -> None:
+    chat = Chat()
+    answered(chat, "Hello", n=3)
+    chat.replies[0].text, chat.replies[1].text, chat.replies[2].text = "Hi.", "Hello!", "Hi. "
+    assert cards.exchange(chat).count("Word for word the same as reply 1.") == 1
+    assert chat.twin(2) == 0 and chat.twin(1) is None
+    chat.choice, chat.edit, chat.phase = 2, "Hi there.", "voted"
+    assert "Word for word" not in cards.exchange(chat)  # it is the visitor's own now
+    chat.phase = "streaming"
+    assert "Word for word" not in cards.exchange(chat)
+
+
 def test_versions_are_hidden_until_the_vote_reveals_them() -> None:
     chat = Chat()
     answered(chat, "a")

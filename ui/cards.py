@@ -91,6 +91,8 @@ def _card(chat: Chat, index: int, reply: Reply) -> str:
     cut = '<p class="note">Cut at the length limit.</p>' if reply.finish_reason == "length" else ""
     if chat.phase == "stopped" and reply.finish_reason is None:
         cut = '<p class="note">Stopped.</p>'
+    if votable and (twin := chat.twin(index)) is not None and text == reply.text:
+        cut += f'<p class="note">Word for word the same as reply {twin + 1}.</p>'
     buttons = '<footer class="waiting"></footer>' if chat.phase == "streaming" else ""
     if votable:
         label = "Picked" if chosen else "Pick this instead" if chat.phase == "voted" else "Pick this"

@@ -99,6 +99,11 @@ class Chat:
             reply.text += text
             reply.finish_reason = finish_reason or reply.finish_reason
 
+    def twin(self, index: int) -> int | None:
+        """The first reply before this one that reads the same, if any."""
+        text = self.replies[index].text.strip()
+        return next((i for i in range(index) if text and self.replies[i].text.strip() == text), None)
+
     def vote(self) -> dict[str, Any]:
         """The vote of the choice made, as the API takes it."""
         body: dict[str, Any] = (
