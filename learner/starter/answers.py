@@ -153,14 +153,11 @@ def _thing(t: Topic, style: str, rng: Random) -> str:
         body = paragraph(t, pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist]), rng)
         return f"{gist} {body} {rng.choice(t.example)}" if rng.random() < 0.2 else f"{gist} {body}"
     if style == "list":
+        # From the first fact on, so that a list of six never runs out of facts and begins again
+        lines = [rng.choice(wordings) for wordings in t.facts[: rng.choice((3, 4, 5, 6))]]
         numbered = rng.random() < 0.5
-        if numbered:  # from the first on, or from any that leaves three; where the facts end, so does the list, whatever its number
-            start = 0 if rng.random() < 0.65 else rng.randint(1, len(t.facts) - 3)
-            lines = [rng.choice(wordings) for wordings in t.facts[start : start + rng.choice((3, 4, 5, 6))]]
-        else:
-            lines = pick_facts(t, rng.choice((3, 3, 4, 4, 5)), rng, [gist])
-            if rng.random() < 0.3:
-                lines = [gist, *lines[:4]]
+        if not numbered and rng.random() < 0.3:
+            lines = [gist, *(line for line in lines if not same(line, gist))][:5]
         return fill(rng.choice(OPEN_LIST), t) + "\n" + bullets(lines, rng, numbered=float(numbered))
     if style == "friendly":
         parts = [fill(rng.choice(OPEN_FRIENDLY), t), excited(gist) if rng.random() < 0.4 else gist]
