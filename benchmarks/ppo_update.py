@@ -3,8 +3,8 @@
 `make peers`, then `python -m benchmarks.ppo_update [--models S M] [--updates 5]`. 8 rollouts of 64 + 32 tokens, 4 epochs, one
 minibatch, LoRA r=16 on every linear layer, f32, random weights (S: a 5M Llama, M: the shape of SmolLM2-135M). Three
 contestants in processes of their own take turns, update by update: TRL's `PPOTrainer` (LoRA policy; its value and reward
-models are whole models, as it wants them), our GAE (the like for like: a value adapter, one reward member) and our
-default, leave-one-out with the default number of reward members (2 prompts x 4 replies: also 8 rollouts). An update is
+models are whole models, as it wants them), our GAE (the like for like: a value adapter, one reward member) and what we ship,
+GAE with a value by least squares and three reward members (2 prompts x 4 replies: also 8 rollouts). An update is
 rollouts, scores, reference log-probabilities and the epochs. Medians after one update of warm-up; JSON last; exit status
 1 when a target is missed.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=5, help="counted updates of each contestant")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true", help="TRL's default, gradient checkpointing: slower, less memory")
-    parser.add_argument("--ours", choices=["gae", "rloo"], help=argparse.SUPPRESS)  # the rest: what a contestant is told
+    parser.add_argument("--ours", choices=["gae", "gae-ls"], help=argparse.SUPPRESS)  # the rest: what a contestant is told
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
@@ -65,7 +65,7 @@ def measure(name: str, peer: Path, args: argparse.Namespace) -> dict[str, Any]:
         (directory / "task.json").write_text(json.dumps(task), "utf-8")
         commands = {
             PEER: [peer, "-m", "benchmarks.peer.ppo_update", directory],
-            **{f"ours, {e}": [sys.executable, "-m", "benchmarks.ppo_update", "--ours", e, "--directory", directory] for e in ("gae", "rloo")},
+            **{f"ours, {e}": [sys.executable, "-m", "benchmarks.ppo_update", "--ours", e, "--directory", directory] for e in ("gae", "gae-ls")},
         }
         contestants = {
             label: stack.enter_context(Contestant(label, command, directory / f"{i}.log", threads=args.threads))

@@ -4,9 +4,9 @@
 one client streams reply after reply without a pause, first with the learner idle, then through a whole round. The same
 round (a copy of the data, the same seed) runs once more on a server that nobody talks to.
 
-Gap: time between two pieces of one streamed reply, as the client sees it. What is left for the learner: all cores less the
-CPU seconds a second that server and client use in the PPO stage. With it the learner could run at `alone * min(1, left /
-cores it used alone)` tokens a second; `learner_share` is how much of that it got. Prints as it goes, JSON last; exit status
+Gap: the mean time between a streamed reply's pieces, as the client sees it (several may arrive at once); one a reply.
+What is left for the learner: all cores less the CPU seconds a second that server and client use in the PPO stage. With it
+the learner could run at `alone * min(1, left / cores it used alone)` tokens a second; `learner_share` is how much of that it got. Prints as it goes, JSON last; exit status
 1 when a target is missed. It needs a quiet machine: what other processes use is measured too, and said when it is much.
 """
 
@@ -47,7 +47,7 @@ STAGES = ("training_reward", "ppo", "gating")
 
 
 class Chatter:
-    """A client that streams one reply after the other; `gaps` are (when it ended, seconds). Use as a context manager."""
+    """A client that streams one reply after the other; `gaps` are (when a reply ended, mean seconds between its pieces). Use as a context manager."""
 
     def __init__(self, url: str, prompts: Sequence[str]) -> None:
         self.url, self.prompts = url, prompts
@@ -76,16 +76,15 @@ class Chatter:
 
     def _reply(self, http: httpx.Client, prompt: str, seed: int) -> None:
         body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed, "temperature": 1.0}
-        last = None
+        pieces = list[float]()
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code} {answer.read().decode()[:200]}")
             for line in answer.iter_lines():
                 if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                    now = time.monotonic()
-                    if last is not None:
-                        self.gaps.append((now, now - last))
-                    last = now
+                    pieces.append(time.monotonic())
+        if len(pieces) >= 2:
+            self.gaps.append((pieces[-1], (pieces[-1] - pieces[0]) / (len(pieces) - 1)))
 
 
 @dataclass
@@ -158,7 +157,7 @@ def within(gaps: Sequence[tuple[float, float]], stages: Sequence[Stage]) -> list
 def gap_figures(gaps: Sequence[float]) -> dict[str, Any]:
     """Median and 99th percentile, ms. Raises RuntimeError for too few."""
     if len(gaps) < 100:
-        raise RuntimeError(f"only {len(gaps)} tokens were streamed: let it run longer (--idle-s, --updates)")
+        raise RuntimeError(f"only {len(gaps)} replies were streamed: let it run longer (--idle-s, --updates)")
     return {"gaps": len(gaps), "median_ms": round(1000 * statistics.median(gaps), 3), "p99_ms": round(1000 * statistics.quantiles(gaps, n=100)[98], 3)}
 
 
@@ -213,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, stages in {"idle": ("idle",), "round": STAGES, **{s: (s,) for s in STAGES if len(within(chat.gaps, watch.named(s))) >= 100}}.items()
             }
         for name, figures in pieces.items():
-            print(f"{name:<16} median gap {figures['median_ms']:7.2f} ms, p99 {figures['p99_ms']:7.2f} ms over {figures['gaps']} gaps", flush=True)
+            print(f"{name:<16} median gap {figures['median_ms']:7.2f} ms, p99 {figures['p99_ms']:7.2f} ms over {figures['gaps']} replies", flush=True)
 
         with serving(*flags, data_dir=alone_dir) as server:
             until_learner_rests(server)
