@@ -4,7 +4,8 @@
 one client streams reply after reply without a pause, first with the learner idle, then through a whole round. The same
 round (a copy of the data, the same seed) runs once more on a server that nobody talks to.
 
-Gap: the mean time between a streamed reply's pieces, as the client sees it (several may arrive at once); one a reply.
+Gap: what a token of a streamed reply takes from the request on, as the client sees it, in the mean; one a reply. (Pieces
+arrive several at once, so the time between two of them says nothing.)
 What is left for the learner: all cores less the CPU seconds a second that server and client use in the PPO stage. With it
 the learner could run at `alone * min(1, left / cores it used alone)` tokens a second; `learner_share` is how much of that it got. Prints as it goes, JSON last; exit status
 1 when a target is missed. It needs a quiet machine: what other processes use is measured too, and said when it is much.
@@ -47,7 +48,7 @@ STAGES = ("training_reward", "ppo", "gating")
 
 
 class Chatter:
-    """A client that streams one reply after the other; `gaps` are (when a reply ended, mean seconds between its pieces). Use as a context manager."""
+    """A client that streams one reply after the other; `gaps` are (when a reply ended, seconds a piece from the request on). Use as a context manager."""
 
     def __init__(self, url: str, prompts: Sequence[str]) -> None:
         self.url, self.prompts = url, prompts
@@ -76,15 +77,15 @@ class Chatter:
 
     def _reply(self, http: httpx.Client, prompt: str, seed: int) -> None:
         body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed, "temperature": 1.0}
-        pieces = list[float]()
+        pieces, sent = list[float](), time.monotonic()
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code} {answer.read().decode()[:200]}")
             for line in answer.iter_lines():
                 if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
                     pieces.append(time.monotonic())
-        if len(pieces) >= 2:
-            self.gaps.append((pieces[-1], (pieces[-1] - pieces[0]) / (len(pieces) - 1)))
+        if pieces:
+            self.gaps.append((pieces[-1], (pieces[-1] - sent) / len(pieces)))
 
 
 @dataclass

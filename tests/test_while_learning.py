@@ -23,23 +23,22 @@ def test_the_learners_share_is_of_what_the_chat_leaves() -> None:
     assert shares(50.0, 100.0, 1.0, 2.0, 2)["learner_share"] == 1.0
 
 
-def test_a_gap_is_a_replys_mean_though_pieces_arrive_together() -> None:
+def test_a_gap_is_what_a_token_takes_from_the_request_on_though_pieces_arrive_together() -> None:
     def piece(text: str) -> bytes:
         return b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}).encode() + b"\n\n"
 
     def answer(_: httpx.Request) -> httpx.Response:
         def reads() -> Iterator[bytes]:
             yield b'data: {"choices": [{"index": 0, "delta": {"role": "assistant"}}]}\n\n'
-            yield piece("a") + piece("b")
-            time.sleep(0.09)
-            yield piece("c") + piece("d") + b"data: [DONE]\n\n"
+            time.sleep(0.1)
+            yield piece("a") + piece("b") + piece("c") + piece("d") + b"data: [DONE]\n\n"
         return httpx.Response(200, content=reads())
 
     chatter = Chatter("http://test", ["Hello"])
     with httpx.Client(base_url="http://test", transport=httpx.MockTransport(answer)) as http:
         chatter._reply(http, "Hello", 0)
     ((_, gap),) = chatter.gaps
-    assert 0.03 <= gap < 0.06
+    assert 0.025 <= gap < 0.05
 
 
 def test_gaps_count_in_the_stage_in_which_they_ended() -> None:
