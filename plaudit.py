@@ -143,7 +143,8 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
 def listening_socket(host: str, port: int) -> socket.socket:
     """Bind before the model loads, so that a taken port is told at once. Raises SystemExit with a clear line."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named, or asyncio does not know it for TCP and leaves Nagle's algorithm on: what is streamed then waits 40 ms for an acknowledgement.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host.strip("[]"), port))

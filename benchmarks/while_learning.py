@@ -4,10 +4,9 @@
 one client streams reply after reply without a pause, first with the learner idle, then through a whole round. The same
 round (a copy of the data, the same seed) runs once more on a server that nobody talks to.
 
-Gap: what a token of a streamed reply takes from the request on, as the client sees it, in the mean; one a reply. (Pieces
-arrive several at once, so the time between two of them says nothing.)
-What is left for the learner: all cores less the CPU seconds a second that server and client use in the PPO stage. With it
-the learner could run at `alone * min(1, left / cores it used alone)` tokens a second; `learner_share` is how much of that it got. Prints as it goes, JSON last; exit status
+Gap: time between two pieces of one streamed reply, as the client sees it. What is left for the learner: all cores less the
+CPU seconds a second that server and client use in the PPO stage. With it the learner could run at `alone * min(1, left /
+cores it used alone)` tokens a second; `learner_share` is how much of that it got. Prints as it goes, JSON last; exit status
 1 when a target is missed. It needs a quiet machine: what other processes use is measured too, and said when it is much.
 """
 
@@ -48,7 +47,7 @@ STAGES = ("training_reward", "ppo", "gating")
 
 
 class Chatter:
-    """A client that streams one reply after the other; `gaps` are (when a reply ended, seconds a piece from the request on). Use as a context manager."""
+    """A client that streams one reply after the other; `gaps` are (when it ended, seconds). Use as a context manager."""
 
     def __init__(self, url: str, prompts: Sequence[str]) -> None:
         self.url, self.prompts = url, prompts
@@ -77,15 +76,16 @@ class Chatter:
 
     def _reply(self, http: httpx.Client, prompt: str, seed: int) -> None:
         body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed, "temperature": 1.0}
-        pieces, sent = list[float](), time.monotonic()
+        last = None
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code} {answer.read().decode()[:200]}")
             for line in answer.iter_lines():
                 if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                    pieces.append(time.monotonic())
-        if pieces:
-            self.gaps.append((pieces[-1], (pieces[-1] - sent) / len(pieces)))
+                    now = time.monotonic()
+                    if last is not None:
+                        self.gaps.append((now, now - last))
+                    last = now
 
 
 @dataclass
@@ -158,7 +158,7 @@ def within(gaps: Sequence[tuple[float, float]], stages: Sequence[Stage]) -> list
 def gap_figures(gaps: Sequence[float]) -> dict[str, Any]:
     """Median and 99th percentile, ms. Raises RuntimeError for too few."""
     if len(gaps) < 100:
-        raise RuntimeError(f"only {len(gaps)} replies were streamed: let it run longer (--idle-s, --updates)")
+        raise RuntimeError(f"only {len(gaps)} tokens were streamed: let it run longer (--idle-s, --updates)")
     return {"gaps": len(gaps), "median_ms": round(1000 * statistics.median(gaps), 3), "p99_ms": round(1000 * statistics.quantiles(gaps, n=100)[98], 3)}
 
 
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, stages in {"idle": ("idle",), "round": STAGES, **{s: (s,) for s in STAGES if len(within(chat.gaps, watch.named(s))) >= 100}}.items()
             }
         for name, figures in pieces.items():
-            print(f"{name:<16} median gap {figures['median_ms']:7.2f} ms, p99 {figures['p99_ms']:7.2f} ms over {figures['gaps']} replies", flush=True)
+            print(f"{name:<16} median gap {figures['median_ms']:7.2f} ms, p99 {figures['p99_ms']:7.2f} ms over {figures['gaps']} gaps", flush=True)
 
         with serving(*flags, data_dir=alone_dir) as server:
             until_learner_rests(server)

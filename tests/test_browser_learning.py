@@ -101,11 +101,12 @@ def pictures_of_a_first_exchange(visit: Visit) -> int:
         page.wait_for_selector(".masthead .live")
         slow = visit.context.new_cdp_session(page)  # a slow line, so that the picture shows replies half written
         slow.send("Network.enable")
-        slow.send("Network.emulateNetworkConditions", NETWORK | {"downloadThroughput": 2500})
-        page.get_by_role("button", name="Tell me about the moon", exact=True).click()
-        page.wait_for_function("() => [...document.querySelectorAll('[data-phase=streaming] .prose-box')].some(n => n.innerText.length > 30)")
+        slow.send("Network.emulateNetworkConditions", NETWORK | {"downloadThroughput": 300})
+        page.get_by_role("button", name="What are bees?", exact=True).click()
         if page is desk:
+            page.wait_for_function("() => [...document.querySelectorAll('.card.writing .prose-box')].some(n => n.innerText.length > 30)")
             shot(page, "chat-streaming")
+            assert page.locator(".card.writing").count(), "the replies were whole before the picture was taken"
         slow.send("Network.emulateNetworkConditions", NETWORK | {"downloadThroughput": -1})
         page.wait_for_selector("[data-phase=choosing]")
         page.keyboard.press(str(friendliest(page) + 1))

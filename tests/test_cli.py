@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import re
@@ -124,6 +125,25 @@ def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
         result = run("serve", "--port", port, "--data-dir", str(tmp_path / "data"))
     assert result.exit_code == 2 and f"port {port} is taken" in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_what_is_streamed_is_sent_at_once() -> None:
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def took(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = plaudit.listening_socket("127.0.0.1", 0)
+        async with await asyncio.start_server(took, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            try:
+                return await found
+            finally:
+                writer.close()
+
+    assert asyncio.run(accepted())  # or small pieces wait until those before them are acknowledged (Nagle)
 
 
 def test_serve_refuses_a_data_directory_in_use_a_missing_model_and_a_public_address_without_keys(tmp_path: Path, tiny_llama: Path) -> None:

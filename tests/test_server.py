@@ -136,9 +136,10 @@ def test_text_parts_and_the_developer_role_are_understood(client: httpx.Client) 
 
 
 def test_neutral_values_of_other_openai_fields_are_taken(client: httpx.Client) -> None:
-    ask(client, 1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, response_format={"type": "text"}, tools=[],
-        tool_choice="none", store=False, service_tier="auto", user="u-1", top_logprobs=0, modalities=["text"],
-        prompt_cache_key="anything", max_completion_tokens=8)
+    neutral = ask(client, 1, seed=4, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, response_format={"type": "text"}, tools=[],
+                  tool_choice="none", store=False, service_tier="auto", user="u-1", top_logprobs=0, modalities=["text"],
+                  prompt_cache_key="anything", max_completion_tokens=8)
+    assert neutral["choices"] == ask(client, 1, seed=4)["choices"]
 
 
 @pytest.mark.parametrize(("fields", "named"), [
@@ -176,7 +177,7 @@ def test_bad_chat_input_is_refused_by_name(client: httpx.Client, fields: dict[st
                                   b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}'])
 def test_a_body_that_is_no_request_is_a_400(client: httpx.Client, body: bytes) -> None:
     answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    error_of(answer, 400)
+    assert error_of(answer, 400)["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(("body", "told"), [
@@ -194,15 +195,16 @@ def test_a_prompt_too_long_for_the_model_is_refused_with_both_numbers(client: ht
 
 
 def test_a_body_too_large_is_refused_also_without_its_length(client: httpx.Client) -> None:
-    error_of(chat(client, messages=[{"role": "user", "content": "x" * 300_000}]), 413)
+    assert error_of(chat(client, messages=[{"role": "user", "content": "x" * 300_000}]), 413)["code"] == "body_too_large"
     pieces = iter([b'{"messages": "' + b"x" * 200_000, b"x" * 200_000 + b'"}'])
     answer = client.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
-    error_of(answer, 413)
+    assert error_of(answer, 413)["code"] == "body_too_large"
 
 
 def test_other_types_than_json_are_refused(client: httpx.Client) -> None:
-    error_of(client.post("/v1/chat/completions", content=b"x=1", headers={"Content-Type": "application/x-www-form-urlencoded"}), 415)
-    error_of(client.post("/v1/chat/completions", content=b"{}"), 415)
+    form = client.post("/v1/chat/completions", content=b"x=1", headers={"Content-Type": "application/x-www-form-urlencoded"})
+    for answer in (form, client.post("/v1/chat/completions", content=b"{}")):
+        assert "Content-Type: application/json" in error_of(answer, 415)["message"]
 
 
 def test_unknown_models_paths_and_methods_are_told_apart(client: httpx.Client) -> None:
@@ -267,8 +269,9 @@ def test_each_judgement_stands_for_a_ranking(client: httpx.Client, body: dict[st
     {"favourite": 0, "colour": "red"},
 ])
 def test_a_vote_that_makes_no_sense_is_refused(client: httpx.Client, body: dict[str, Any]) -> None:
-    url = f"/v1/comparisons/{ask(client, 3)['plaudit']['comparison_id']}/vote"
-    error_of(client.put(url, json=body), 400)
+    url = f"/v1/comparisons/{ask(client, 3)['plaudit']['comparison_id']}"
+    error_of(client.put(f"{url}/vote", json=body), 400)
+    assert client.get(url).json()["vote"] is None
 
 
 def test_a_single_reply_can_be_edited_or_refused_but_not_preferred(client: httpx.Client) -> None:
@@ -285,6 +288,7 @@ def test_a_vote_on_what_was_never_shown_or_not_to_you_is_a_404(server: Served, c
     with server.client("ben") as other:
         error_of(other.put(f"/v1/comparisons/{mine}/vote", json={"favourite": 0}), 404)
         error_of(other.delete(f"/v1/comparisons/{mine}/vote"), 404)
+    assert client.get(f"/v1/comparisons/{mine}").json()["vote"] is None
 
 
 def test_status_counts_votes_down(tiny_llama: Path, tmp_path: Path) -> None:
@@ -377,7 +381,9 @@ def test_the_learner_is_paused_resumed_and_told_to_run(server: Served, client: h
 
 
 def test_a_foreign_web_page_cannot_steer_a_keyless_server(client: httpx.Client) -> None:
+    before = client.get("/v1/status").json()["live"]
     error_of(client.post("/v1/adapters/rollback", headers={"Origin": "https://evil.example"}), 403)
+    assert client.get("/v1/status").json()["live"] == before
     error_of(client.get("/v1/status", headers={"Host": "rebound.example"}), 403)
     error_of(client.get("/v1/status", headers={"Plaudit-Voter": "x" * 500}), 400)
 

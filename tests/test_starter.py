@@ -17,6 +17,7 @@ from learner.sft import encode_chat
 from learner.starter import corpus, offtopic, prompts, tasks
 from learner.starter.answers import answer, named, pick_facts, same
 from learner.starter.measure import (
+    Sampler,
     alike,
     count_questions,
     fact_questions,
@@ -40,6 +41,7 @@ from learner.starter.recipe import (
 )
 from learner.starter.styles import STYLES, classify
 from learner.starter.topics import TopicError, parse_topics, rows, split, topics
+from ui.cards import EXAMPLES
 
 SAMPLE = """
 @ moon | the Moon | it | space
@@ -403,3 +405,10 @@ def test_the_shipped_model_answers_a_request_to_explain_in_several_styles(shippe
         several += len({classify(text) for text, _ in replies}) >= 2
     # Four draws of five equal styles agree with odds of 1 in 125.
     assert several >= 4
+
+
+def test_the_examples_on_the_chat_page_are_answered() -> None:
+    asked = [text for text in EXAMPLES if "Who are you" not in text]  # which it answers with how small it is
+    for text in asked:
+        refused = sum(honest(*reply) for reply in Sampler(ASSISTANT).replies([text] * 24))
+        assert refused <= 4, f"{refused} of 24 replies to {text!r} say that it cannot help"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from benchmarks.http_votes import echoing, load
 from benchmarks.serving import cpu_seconds, machine_cpu_seconds
-from benchmarks.while_learning import Chatter, Stage, gap_figures, ppo_speed, shares, within
+from benchmarks.while_learning import Stage, gap_figures, ppo_speed, shares, within
 
 
 def test_the_learners_share_is_of_what_the_chat_leaves() -> None:
@@ -23,24 +20,6 @@ def test_the_learners_share_is_of_what_the_chat_leaves() -> None:
     assert shares(50.0, 100.0, 1.0, 2.0, 2)["learner_share"] == 1.0
 
 
-def test_a_gap_is_what_a_token_takes_from_the_request_on_though_pieces_arrive_together() -> None:
-    def piece(text: str) -> bytes:
-        return b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}).encode() + b"\n\n"
-
-    def answer(_: httpx.Request) -> httpx.Response:
-        def reads() -> Iterator[bytes]:
-            yield b'data: {"choices": [{"index": 0, "delta": {"role": "assistant"}}]}\n\n'
-            time.sleep(0.1)
-            yield piece("a") + piece("b") + piece("c") + piece("d") + b"data: [DONE]\n\n"
-        return httpx.Response(200, content=reads())
-
-    chatter = Chatter("http://test", ["Hello"])
-    with httpx.Client(base_url="http://test", transport=httpx.MockTransport(answer)) as http:
-        chatter._reply(http, "Hello", 0)
-    ((_, gap),) = chatter.gaps
-    assert 0.025 <= gap < 0.05
-
-
 def test_gaps_count_in_the_stage_in_which_they_ended() -> None:
     stages = [Stage("idle", 0.0, 10.0, 1.0, 0.0, 0.0), Stage("ppo", 10.0, 20.0, 1.0, 5.0, 0.0), Stage("idle", 20.0, 30.0, 1.0, 0.0, 0.0)]
     gaps = [(5.0, 0.1), (10.0, 0.2), (19.9, 0.3), (25.0, 0.4), (31.0, 0.5)]
@@ -48,7 +27,7 @@ def test_gaps_count_in_the_stage_in_which_they_ended() -> None:
     assert within(gaps, [stages[1]]) == [0.2, 0.3]
     figures = gap_figures([0.001] * 98 + [0.1] * 2)
     assert figures["median_ms"] == 1.0 and figures["p99_ms"] == pytest.approx(100.0)
-    with pytest.raises(RuntimeError, match="only 3 replies"):
+    with pytest.raises(RuntimeError, match="only 3 tokens"):
         gap_figures([0.1] * 3)
 
 

@@ -12,7 +12,7 @@ from ui.exchange import Chat, Reply
 from ui.render import markdown, plain
 from ui.sentences import clock, version_name
 
-EXAMPLES = ("Tell me about the moon", "Hello! Who are you?", "What are bees?", "Give me tips for sleeping well")
+EXAMPLES = ("Tell me about the moon", "Hello! Who are you?", "What are bees?", "Give me five facts about penguins")
 MARK = (
     '<svg class="mark" viewBox="0 0 24 24" aria-hidden="true"><rect x="2" y="4" width="9" height="16" rx="3"/>'
     '<rect class="picked" x="13" y="4" width="9" height="16" rx="3"/><path d="m15.3 12.2 1.7 1.7 3-3.4"/></svg>'
