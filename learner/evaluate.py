@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from engine.engine import BASE, Engine, SamplingParams
 from engine.model import CausalModel
@@ -79,7 +79,7 @@ def mean_t(values: Sequence[float], reach: float | None = None) -> Estimate:
     if n < 2:
         return Estimate(mean, None, None)
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))
-    half = float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import norm as normal
-from scipy.stats import t as student
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -187,7 +186,7 @@ def win_rate(candidate: Replies, live: Replies, deviations: float) -> tuple[floa
     """
     if candidate.scores is None or live.scores is None:
         return None
-    return mean_interval(preferred(candidate.scores, live.scores, candidate.group), 2 * float(normal.cdf(deviations)) - 1)
+    return mean_interval(preferred(candidate.scores, live.scores, candidate.group), 2 * float(ndtr(deviations)) - 1)
 
 
 def judge(
@@ -214,7 +213,7 @@ def judge(
         *([] if won is None else [Check(
             "win_rate", finite(won[1]), config.min_win_rate, won[1] > config.min_win_rate,
             f"held-out reward members expect {won[0]:.0%} of picks to go to it rather than to the live version; the check is on the lower "
-            f"{float(normal.cdf(deviations)):.1%} bound",
+            f"{float(ndtr(deviations)):.1%} bound",
         )]),
         Check("kl", finite(mean_kl), config.max_kl, mean_kl <= config.max_kl, "nats a reply away from the reference"),
         Check(
@@ -304,14 +303,14 @@ def mean_interval(x: Tensor, confidence: float = 0.9) -> tuple[float, float, flo
     if n < 2:
         return mean, 0.0, 1.0
     seen = torch.cat([x, x.new_tensor([1.0 - round(mean)])]) if float(x.std()) == 0 else x
-    half = float(student.ppf((1 + confidence) / 2, len(seen) - 1)) * float(seen.std()) / math.sqrt(len(seen))
+    half = float(stdtrit(len(seen) - 1, (1 + confidence) / 2)) * float(seen.std()) / math.sqrt(len(seen))
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 def reply_kl(model: CausalModel, batch: Trajectories, adapter: str, reference: str | None, temperature: float) -> Tensor:
     """(B,) nats of each reply sampled from `adapter`, by `rollout.reply_divergence`; the mean estimates KL(adapter, reference)."""
     total = torch.zeros(len(batch))
-    for rows in rollout.passes(batch, range(len(batch))):
+    for rows in rollout.passes(model, batch, range(len(batch))):
         total[rows.cpu()] = rollout.reply_divergence(model, batch, rows, adapter, reference, temperature).kl.sum(1).cpu()
     return total
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 Z95 = 1.959963984540054  # two-sided 95%
 Groups = Sequence[Sequence[int]]
@@ -89,7 +89,7 @@ def clustered_accuracy(shares: Sequence[float], clusters: Sequence[object] | Non
         return wilson(p, g)
     variance = g / (g - 1) * math.fsum(r * r for r in residual.values()) / count**2
     n = p * (1 - p) / variance if variance > 0 else g
-    return wilson(p, min(n, decisions or count), float(student.ppf(0.975, g - 1)))
+    return wilson(p, min(n, decisions or count), float(stdtrit(g - 1, 0.975)))
 
 
 def ece(probabilities: Sequence[float], weights: Sequence[float], bins: int = 10) -> float:

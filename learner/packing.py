@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from learner.batching import chunks
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the replies to it, token ids
 WORTH = 0.9  # of the cost of separate rows, at most: a dense mask is slower than the causal one
@@ -21,7 +24,7 @@ class PackedRows:
     """A row for each prompt, replies one after the other behind it, padded on the right.
 
     ids, positions, valid: (N, T); attend: (N, T, T) bool. For each of the M replies in order: row (M,), the column of its
-    last token (the prompt's, for an empty reply) last (M,), its columns reply (M, T) bool.
+    prompt's last token asked (M,), that of its own last token (the prompt's, for an empty reply) last (M,), its columns reply (M, T) bool.
     """
 
     ids: Tensor
@@ -29,6 +32,7 @@ class PackedRows:
     valid: Tensor
     attend: Tensor
     row: Tensor
+    asked: Tensor
     last: Tensor
     reply: Tensor
 
@@ -39,7 +43,7 @@ class PackedRows:
         ids = torch.full((len(groups), wide), pad_id, dtype=torch.long)
         positions = torch.zeros(len(groups), wide, dtype=torch.long)
         owner = torch.full((len(groups), wide), -1)  # 0: the prompt; 1, 2, ...: a reply; -1: padding
-        row, last, columns = [], [], []
+        row, asked, last, columns = [], [], [], []
         for n, (prompt, replies) in enumerate(groups):
             ids[n, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
             positions[n, : len(prompt)] = torch.arange(len(prompt))
@@ -51,6 +55,7 @@ class PackedRows:
                 positions[n, at:end] = torch.arange(len(prompt), len(prompt) + len(reply))
                 owner[n, at:end] = k
                 row.append(n)
+                asked.append(len(prompt) - 1)
                 last.append(end - 1 if reply else len(prompt) - 1)
                 columns.append((at, end))
                 at = end
@@ -59,8 +64,16 @@ class PackedRows:
             reply_columns[m, at:end] = True
         same = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
         attend = same & torch.ones(wide, wide, dtype=torch.bool).tril()
-        parts = (ids, positions, owner >= 0, attend, torch.tensor(row), torch.tensor(last), reply_columns)
+        parts = (ids, positions, owner >= 0, attend, torch.tensor(row), torch.tensor(asked), torch.tensor(last), reply_columns)
         return cls(*(part.to(device) for part in parts))
+
+    @property
+    def before(self) -> Tensor:
+        """(M, R), R tokens being the longest reply: the column whose state chose each of its tokens; any column after its last."""
+        lengths = self.reply.sum(1, keepdim=True)  # (M, 1)
+        at = (self.last[:, None] - lengths + torch.arange(int(lengths.max()), device=lengths.device)).clamp(0, self.ids.shape[1] - 1)
+        at[:, 0] = self.asked
+        return at
 
 
 def worth_packing(groups: Sequence[Group], hidden_size: int, limit: int) -> bool:
@@ -74,6 +87,26 @@ def worth_packing(groups: Sequence[Group], hidden_size: int, limit: int) -> bool
     plain = max(len(prompt) + max(map(len, replies)) for prompt, replies in groups)
     rows = sum(len(replies) for _, replies in groups)
     return len(groups) * cost(packed, hidden_size) <= WORTH * rows * cost(plain, hidden_size)
+
+
+def by_prompt(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
+    """`rows`, those that follow each other and have one prompt together."""
+    return [list(run) for _, run in groupby(rows, lambda i: prompts[i])]
+
+
+def passes(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], rows: Sequence[int], most: int, hidden_size: int) -> list[list[int]]:
+    """`rows` in `batching.chunks` of at most `most` padded tokens, those of one prompt together where reading it once is clearly cheaper.
+
+    prompts, replies: of every row, token ids.
+    """
+
+    def tokens(rows: Sequence[int]) -> int:
+        return len(prompts[rows[0]]) + sum(len(replies[i]) for i in rows)
+
+    groups, alone = by_prompt(prompts, rows), [[i] for i in rows]
+    together, apart = (sum(cost(tokens(rows), hidden_size) for rows in units) for units in (groups, alone))
+    units = groups if together <= WORTH * apart else alone
+    return [[i for unit in part for i in units[unit]] for part in chunks([tokens(rows) for rows in units], most)]
 
 
 def cost(tokens: int, hidden_size: int) -> float:

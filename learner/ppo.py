@@ -150,7 +150,7 @@ def train_ppo(
             seen = () if fitted is None else (fitted.inputs(batch, rows, found.ref_hidden),)
             return (found.logprobs, found.ref_logprobs, found.entropy, found.kl, *seen)
 
-        parts = over(batch, range(len(batch)), config, compute)
+        parts = over(model, batch, range(len(batch)), config, compute)
         if not bool(parts[3].isfinite().all()):
             raise PPOError("the KL divergence from the reference is not a finite number")
         return parts
@@ -175,8 +175,9 @@ def train_ppo(
     value = TrainedValue(model, reward, scorer) if config.estimator == "gae" else None
     if fitted is not None:
         with torch.no_grad():
-            (seen,) = over(unit, range(len(unit)), config, lambda r: (fitted.inputs(unit, r, rollout.reply_hidden(model, unit, r, reference)),))
-        fitted.fit(seen, lower_bound(scorer.unit, config).to(seen.device)[:, None].expand(unit.mask.shape), unit.mask)
+            (seen,) = over(model, unit, range(len(unit)), config, lambda r: (fitted.inputs(unit, r, rollout.reply_hidden(model, unit, r, reference)),))
+        came = lower_bound(scorer.unit, config).to(seen.device)
+        fitted.fit(fitted.beside(seen, came, unit.group), came[:, None].expand(unit.mask.shape), unit.mask)
     trained = list(model.lora.parameters(policy).values())
     groups = [{"params": trained, "lr": config.lr}]
     if value is not None:
@@ -281,15 +282,16 @@ def train_ppo(
                 if config.whiten_rewards:
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
                 with torch.no_grad():
-                    (old_values,) = over(batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
+                    (old_values,) = over(model, batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
                 row["explained_variance"] = explained(returns, old_values, batch.mask)
             else:  # each token answers for its own KL alone: far less noise than charging every token with all that follows
                 if fitted is not None:
                     rewards, (seen,) = token_rewards(scores, kl, batch.mask, 0.0) + broken, seen_by
+                    _, total = gae(rewards, torch.zeros_like(rewards), batch.mask, config.gamma, 1.0)  # what came, nothing foreseen
+                    seen = fitted.beside(seen, total[:, 0], batch.group)
                     guess = fitted(seen)  # (B, R)
                     better, _ = gae(rewards, guess, batch.mask, config.gamma, config.lam)
-                    _, total = gae(rewards, torch.zeros_like(guess), batch.mask, config.gamma, 1.0)  # what came, nothing foreseen
                     row["explained_variance"] = explained(total, guess, batch.mask)
                     fitted.fit(seen, total, batch.mask)
                 else:
@@ -367,7 +369,7 @@ def learn(
             tokens = batch.mask[part].sum()
             figures: dict[str, float] = {}
             optimizer.zero_grad()
-            for chunk in rollout.passes(batch, part, config.chunk_tokens):
+            for chunk in rollout.passes(model, batch, part, config.chunk_tokens):
                 new = rollout.reply_logprobs(model, batch, chunk, policy, config.temperature)
                 mask = batch.mask[chunk, : new.shape[1]]
                 share = mask.sum() / tokens  # chunk means add up to the minibatch's mean over tokens
@@ -399,11 +401,11 @@ def learn(
 
 
 def over(
-    batch: Trajectories, rows: Sequence[int], config: PPOConfig, compute: Callable[[Tensor], tuple[Tensor, ...]]
+    model: CausalModel, batch: Trajectories, rows: Sequence[int], config: PPOConfig, compute: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """`compute` on chunks of rows, its (n, R', ...) results put together as (B, R, ...), 0 elsewhere."""
     whole: list[Tensor] = []
-    for chunk in rollout.passes(batch, rows, config.chunk_tokens):
+    for chunk in rollout.passes(model, batch, rows, config.chunk_tokens):
         for i, part in enumerate(compute(chunk)):
             if i == len(whole):
                 whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], device=batch.mask.device))

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from engine.features import feature_count, reply_features
 from engine.lora import AdapterError
 from engine.model import CausalModel
-from learner.batching import chunks, pass_tokens
+from learner import packing
+from learner.batching import pass_tokens
 from learner.config import RewardConfig
 from learner.data import RankedExample
-from learner.packing import PackedRows, worth_packing
+from learner.packing import Group, PackedRows, worth_packing
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt and reply, token ids
 HEADS, ABOUT = "heads.safetensors", "reward.json"
@@ -115,14 +116,13 @@ class RewardModel:
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None
     ) -> Tensor:
         """Scores (N, members) of N completions, each on its own prompt. `members` picks some of them, by position."""
-        rows = list(zip(prompt_ids, completion_ids, strict=True))
         chosen = self.members if members is None else [self.members[i] for i in members]
-        scores = torch.empty(len(rows), len(chosen))
-        for part in chunks([len(prompt) + len(reply) for prompt, reply in rows], pass_tokens(self.model.device)):
-            batch = self.rows([rows[i] for i in part])
-            features = {a: features_of(self.model, batch, a) for a in dict.fromkeys(m.adapter for m in chosen)}
+        scores = torch.empty(len(prompt_ids), len(chosen))
+        for rows in packing.passes(prompt_ids, completion_ids, range(len(prompt_ids)), pass_tokens(self.model.device), self.model.hidden_size):
+            batch = self.laid_out([(prompt_ids[own[0]], [completion_ids[i] for i in own]) for own in packing.by_prompt(prompt_ids, rows)])
+            features = {a: read(self.model, batch, a) for a in dict.fromkeys(m.adapter for m in chosen)}
             for column, member in enumerate(chosen):
-                scores[part, column] = member.of_features(features[member.adapter]).cpu()
+                scores[rows, column] = member.of_features(features[member.adapter]).cpu()
         return scores
 
     def score_examples(self, examples: Sequence[RankedExample], members: Sequence[int] | None = None) -> list[Tensor]:
@@ -174,7 +174,10 @@ class RewardModel:
 
     def rows_of(self, examples: Sequence[RankedExample]) -> Rows | PackedRows:
         """The completions of the examples, in order: one row an example where that is cheaper, else one a completion."""
-        groups = [(e.prompt_ids, e.completions_ids) for e in examples]
+        return self.laid_out([(e.prompt_ids, e.completions_ids) for e in examples])
+
+    def laid_out(self, groups: Sequence[Group]) -> Rows | PackedRows:
+        """Prompts with their replies: one row a prompt where that is cheaper, else one a reply."""
         if worth_packing(groups, self.model.hidden_size, min(self.config.max_tokens, self.model.max_context)):
             return PackedRows.of(groups, self.model.pad_id, self.model.device)
         return self.rows([(prompt, reply) for prompt, replies in groups for reply in replies])

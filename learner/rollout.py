@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
-from learner.batching import chunks, pass_tokens
+from learner import packing
+from learner.batching import pass_tokens
+from learner.packing import PackedRows, worth_packing
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,21 @@ def at_characters(tokenizer: ChatTokenizer, completion: Sequence[int], ends: Seq
     return [next((k for k, length in enumerate(reached) if length >= end > 0), len(completion) - 1) for end in ends]
 
 
-def passes(batch: Trajectories, rows: Sequence[int], max_tokens: int = 0) -> list[Tensor]:
-    """`rows` in `batching.chunks` of at most `max_tokens` padded tokens; 0: as many as suit the device."""
-    lengths, device, rows = batch.valid.sum(1).tolist(), batch.ids.device, sorted(rows)  # the same rows, the same passes
-    found = chunks([lengths[i] for i in rows], max_tokens or pass_tokens(device))
-    return [torch.tensor([rows[i] for i in part], device=device) for part in found]
+def passes(model: CausalModel, batch: Trajectories, rows: Sequence[int], max_tokens: int = 0) -> list[Tensor]:
+    """`rows` in `packing.passes` of at most `max_tokens` padded tokens; 0: as many as suit the device."""
+    most = max_tokens or pass_tokens(batch.ids.device)
+    found = packing.passes(batch.prompts, batch.completions, sorted(rows), most, model.hidden_size)  # the same rows, the same passes
+    return [torch.tensor(part, device=batch.ids.device) for part in found]
 
 
 def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None) -> Tensor:
     """(n, R', D) hidden states that chose the reply tokens of `rows`, R' the longest reply among them."""
+    each = rows.tolist()
+    groups = [(batch.prompts[own[0]], [batch.completions[i] for i in own]) for own in packing.by_prompt(batch.prompts, each)]
+    if len(groups) < len(each) and worth_packing(groups, model.hidden_size, model.max_context):
+        packed = PackedRows.of(groups, model.pad_id, model.device)
+        hidden = model(packed.ids, positions=packed.positions, valid=packed.valid, attend=packed.attend, adapter=adapter)  # (N, T', D)
+        return hidden[packed.row[:, None], packed.before]
     wide = int(batch.valid[rows].sum(1).max())
     reply = int(batch.mask[rows].sum(1).max())
     hidden = model(batch.ids[rows, :wide], valid=batch.valid[rows, :wide], adapter=adapter)  # (n, T', D)
@@ -152,7 +160,10 @@ def reply_logits(model: CausalModel, batch: Trajectories, rows: Tensor, hidden: 
     hidden: `reply_hidden` of them.
     """
     mask = batch.mask[rows, : hidden.shape[1]]
-    return model.logits(hidden[mask]) / temperature, batch.tokens[rows, : hidden.shape[1]][mask], mask
+    logits = model.logits(hidden[mask])
+    if temperature != 1.0:  # the vocabulary is wide: a division by 1 and its gradient are two passes over it
+        logits = logits / temperature
+    return logits, batch.tokens[rows, : hidden.shape[1]][mask], mask
 
 
 def reply_logprobs(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.features import COUNTS, reply_features
 from engine.model import CausalModel
 from learner import rollout
+from learner.advantages import leave_one_out
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.scorer import Scorer
@@ -38,31 +39,37 @@ def prefix_features(model: CausalModel, batch: Trajectories, rows: Tensor, hidde
 
 
 class FittedValue:
-    """V linear in ten numbers, by ridge regression of the return on them at every token of the batches so far.
+    """V linear in thirteen numbers, by ridge regression of the return on them at every token of the batches so far.
 
     The numbers are what the members' mean head makes of the last state, of the mean and of the sum of states so far, the counts, the products
-    of mean and sum with the number of tokens, and 1. The states are the reference's, which the KL takes anyway. A batch's own rewards are not
-    in the V that it is compared with, so with lam = 1 the policy gradient keeps its mean (Williams 1992) and loses what V foresees of its
-    noise (Greensmith et al. 2004).
+    of mean and sum with the logarithm of tokens, 1, and what came of the other replies to the prompt. The states are the reference's, which the
+    KL takes anyway. A reply's own rewards are not in the V that it is compared with, so with lam = 1 the policy gradient keeps its mean
+    (Williams 1992; Kool et al. 2019) and loses what V foresees of its noise (Greensmith et al. 2004).
     """
 
     def __init__(self, model: CausalModel, reward: RewardModel) -> None:
         self.model = model
         self.weight = torch.stack([m.head.weight[0].detach() for m in reward.members]).mean(0)  # (F,)
-        size = 3 + COUNTS + 2 + 1
+        size = 3 + COUNTS + 2 + 1 + 1
         self.products = torch.zeros(size, size, dtype=torch.float64, device=model.device)  # of the inputs with each other
         self.returned = torch.zeros(size, dtype=torch.float64, device=model.device)  # of the inputs with the returns
 
     @torch.no_grad()
     def inputs(self, batch: Trajectories, rows: Tensor, hidden: Tensor) -> Tensor:
-        """(n, R', 10) float32. hidden: (n, R', D), the reference's states from which the tokens of `rows` are chosen."""
+        """(n, R', 12) float32. hidden: (n, R', D), the reference's states from which the tokens of `rows` are chosen."""
         features = prefix_features(self.model, batch, rows, hidden.float())
         states, counts = features[..., :-COUNTS] * self.weight[:-COUNTS], features[..., -COUNTS:]
         said = states.unflatten(-1, (3, -1)).sum(-1)  # (n, R', 3): of the last state, the mean, the sum
         return torch.cat([said, counts, said[..., 1:] * counts[..., :1], torch.ones_like(counts[..., :1])], -1)
 
+    @staticmethod
+    def beside(inputs: Tensor, came: Tensor, group: int) -> Tensor:
+        """(B, R, 13): `inputs` (B, R, 12), and of `came` (B,), the replies' returns, the mean over the `group - 1` others to the prompt; 0 without others."""
+        others = came - leave_one_out(came, group) if group > 1 else torch.zeros_like(came)
+        return torch.cat([inputs, others[:, None, None].expand(*inputs.shape[:2], 1)], -1)
+
     def fit(self, inputs: Tensor, returns: Tensor, mask: Tensor) -> None:
-        """Take in a batch. inputs: (B, R, 10); returns: (B, R), the rewards from each token on; mask: (B, R)."""
+        """Take in a batch. inputs: (B, R, 13); returns: (B, R), the rewards from each token on; mask: (B, R)."""
         x, y = inputs[mask].double(), returns[mask].double()
         self.products = KEEP * self.products + x.T @ x
         self.returned = KEEP * self.returned + x.T @ y

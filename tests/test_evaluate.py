@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import plaudit
 from engine.engine import probe
+from engine.features import COUNTS
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig, SFTRoundConfig
@@ -66,7 +67,7 @@ def longer_is_better(model: CausalModel) -> RewardModel:
     reward = RewardModel.create(model, RewardConfig(), 2)
     for weight, member in enumerate(reward.members, 1):
         with torch.no_grad():
-            member.head.weight[0, -4] = float(weight)
+            member.head.weight[0, -COUNTS] = float(weight)
     return reward
 
 

@@ -40,10 +40,23 @@ def test_the_score_is_last_state_mean_sum_and_counts_whatever_the_padding(model:
             hidden = model(torch.tensor([[*p, *c]]), adapter=adapter)[0]
         own, texts = hidden[len(p) :], [tokenizer.hf.decode([i]) for i in c]
         ends = sum(any(mark in text for mark in ".!?\n") for text in texts)
-        counts = [math.log(1 + len(c)), math.log(1 + len(c)) ** 2, math.log(1 + ends), math.log(1 + ends) ** 2]
+        counts = [math.log(1 + len(c)), math.log(1 + len(c)) ** 2, len(c) / 64, (len(c) / 64) ** 2, math.log(1 + ends), math.log(1 + ends) ** 2]
         features = torch.cat([hidden[-1], own.mean(0), own.sum(0) / 64, torch.tensor(counts)])
         expected = float(reward.members[0].head(features).detach())
         assert float(together[i, 0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_replies_to_one_prompt_score_as_each_does_alone_in_any_order(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = RewardModel.create(model, SMALL, 1)
+    torch.nn.init.normal_(reward.members[0].head.weight)
+    shared, other = tuple(range(10, 90)), tuple(range(40, 45))
+    rows = [(shared, (7, 8)), (shared, (9,) * 5), (shared, ()), (other, (6, 7)), (shared, (7, 9))]
+    kinds, plain = [], RewardModel.laid_out
+    monkeypatch.setattr(RewardModel, "laid_out", lambda self, groups: kinds.append(type(found := plain(self, groups)).__name__) or found)
+    alone = [float(reward.score([p], [c])[0, 0]) for p, c in rows]
+    assert set(kinds) == {"Rows"}
+    assert reward.score(*zip(*rows, strict=True))[:, 0].tolist() == pytest.approx(alone, abs=1e-4)
+    assert "PackedRows" in kinds
 
 
 def test_long_prompts_lose_their_oldest_tokens_and_never_the_reply(model: CausalModel) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from engine.features import COUNTS
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner.config import RewardConfig
@@ -68,7 +69,7 @@ def test_an_edit_wins_in_the_loss_and_in_the_probe() -> None:
 def test_members_weigh_votes_by_the_bayesian_bootstrap(model: CausalModel) -> None:
     """Independent exponentials scaled to mean 1, which is Dirichlet(1, ..., 1) times n (Rubin 1981); times the voter's weight."""
     examples = [replace(example((5,), [(6,), (7,)], [[n % 2], [1 - n % 2]], n), weight=0.5 + n % 2) for n in range(400)]
-    features = [torch.tensor([[0.3, 1.0], [0.1, 2.0]])] * 400
+    features = [torch.randn(2, 2 + COUNTS, generator=torch.Generator().manual_seed(0))] * 400
     reward = RewardModel.create(model, SMALL, 1)
     reward.members[0].start = lambda *_: None  # the features are made up
     drawn = Fit(reward, 0, examples, features, 0.1, 3).weights / torch.tensor([e.weight for e in examples])

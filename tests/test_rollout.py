@@ -145,12 +145,12 @@ def test_the_same_seed_gives_the_same_rollouts(engine: Engine, prompts: list[lis
     assert batch.completions[0] != batch.completions[1]  # one prompt's replies differ
 
 
-def test_passes_hold_every_row_once_and_stay_small(batch: Trajectories) -> None:
-    parts = passes(batch, [0, 2, 3, 5], max_tokens=90)
+def test_passes_hold_every_row_once_and_stay_small(model: CausalModel, batch: Trajectories) -> None:
+    parts = passes(model, batch, [0, 2, 3, 5], max_tokens=90)
     assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 5]
     for part in parts:
         assert len(part) == 1 or len(part) * int(batch.valid[part].sum(1).max()) <= 90
-    assert len(passes(batch, range(6), 10**6)) == 1
+    assert len(passes(model, batch, range(6), 10**6)) == 1
 
 
 def test_hidden_states_are_those_before_each_reply_token(model: CausalModel, batch: Trajectories) -> None:
@@ -160,3 +160,52 @@ def test_hidden_states_are_those_before_each_reply_token(model: CausalModel, bat
             for r in (0, len(batch.completions[i]) - 1):
                 prefix = torch.tensor([[*batch.prompts[i], *batch.completions[i][:r]]])
                 assert torch.allclose(hidden[k, r], model(prefix, adapter="policy")[0, -1], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def long_asked(engine: Engine) -> Trajectories:
+    """Four replies to each of two long prompts of unlike length."""
+    prompts = [engine.tokenizer.render([{"role": "user", "content": " ".join(QUESTIONS * n)}]) for n in (6, 4)]
+    return sample(engine, prompts, version="policy", group=4, max_tokens=12, temperature=0.7, seed=5)
+
+
+def test_a_long_prompt_is_read_once_for_all_its_replies(model: CausalModel, long_asked: Trajectories, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, plain = [], CausalModel.forward
+
+    def forward(self: CausalModel, ids: torch.Tensor, **rest: object) -> torch.Tensor:
+        read.append(ids.shape)
+        return plain(self, ids, **rest)
+
+    monkeypatch.setattr(CausalModel, "forward", forward)
+    parts = passes(model, long_asked, range(8), max_tokens=200)
+    assert sorted(sorted(part.tolist()) for part in parts) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with torch.no_grad():
+        for part in parts:
+            found = reply_logprobs(model, long_asked, part, "policy", 0.7)
+            for k, i in enumerate(part.tolist()):
+                assert torch.allclose(found[k, : len(long_asked.completions[i])], alone(model, long_asked, i, 0.7), atol=1e-4)
+                assert (found[k, len(long_asked.completions[i]) :] == 0).all()
+    tokens = [len(long_asked.prompts[4 * n]) + sum(map(len, long_asked.completions[4 * n : 4 * n + 4])) for n in (0, 1)]
+    assert {shape for shape in read if shape != (1, shape[1]) or shape[1] in tokens} == {(1, count) for count in tokens}
+
+
+def test_reading_a_prompt_once_gives_the_gradient_of_reading_it_for_each_reply(
+    model: CausalModel, long_asked: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, parameters = torch.tensor([0, 1, 3, 4, 6]), list(model.lora.parameters("policy").values())
+    weight = torch.linspace(-1, 2, 5 * long_asked.mask.shape[1]).view(5, -1)
+    gradients, kinds = [], []
+    for worth in (True, False):
+        monkeypatch.setattr("learner.rollout.worth_packing", lambda *_, worth=worth: kinds.append(worth) or worth)
+        found = reply_logprobs(model, long_asked, rows, "policy", 1.0)
+        gradients.append(torch.autograd.grad((found * weight[:, : found.shape[1]]).sum(), parameters))
+    assert kinds == [True, False]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_short_prompts_are_read_with_each_reply(model: CausalModel, batch: Trajectories) -> None:
+    short = collect(
+        [[5, 6]] * 4, [[7] * 40] * 4, texts=[""] * 4, finish_reasons=["stop"] * 4, logprobs=[[0.0] * 40] * 4, group=4, pad_id=model.pad_id
+    )
+    assert [part.tolist() for part in passes(model, short, range(4), max_tokens=90)] == [[0, 1], [2, 3]]

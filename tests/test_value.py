@@ -45,7 +45,8 @@ def members(model: CausalModel) -> RewardModel:
 def seen(model: CausalModel, value: FittedValue, batch: Trajectories) -> Tensor:
     rows = torch.arange(len(batch))
     with torch.no_grad():
-        return value.inputs(batch, rows, rollout.reply_hidden(model, batch, rows, None))
+        inputs = value.inputs(batch, rows, rollout.reply_hidden(model, batch, rows, None))
+        return value.beside(inputs, torch.linspace(-1, 1, len(batch)), batch.group)
 
 
 def test_it_sees_what_the_mean_head_makes_of_the_reply_so_far(model: CausalModel, tiny_llama: Path) -> None:
@@ -60,10 +61,19 @@ def test_it_sees_what_the_mean_head_makes_of_the_reply_so_far(model: CausalModel
         for t in range(len(said)):
             own = states[len(prompt) : len(prompt) + t].sum(0)
             ends = sum(bool(model.sentence_ends[token]) for token in said[:t])
-            n, m = math.log1p(t), math.log1p(ends)
+            n, k, m = math.log1p(t), t / 64, math.log1p(ends)
             mean, total = float(own / max(1, t) @ weight[size : 2 * size]), float(own / 64 @ weight[2 * size : 3 * size])
-            by_hand = [float(states[len(prompt) - 1 + t] @ weight[:size]), mean, total, n, n * n, m, m * m, mean * n, total * n, 1.0]
+            by_hand = [float(states[len(prompt) - 1 + t] @ weight[:size]), mean, total, n, n * n, k, k * k, m, m * m, mean * n, total * n, 1.0, 0.0]
             assert got[i, t].tolist() == pytest.approx(by_hand, abs=2e-4), (i, t)
+
+
+def test_it_hears_what_came_of_the_other_replies_to_the_prompt_and_never_of_its_own() -> None:
+    came = torch.tensor([1.0, 2.0, 6.0, -1.0, 0.0, 1.0])
+    seen = FittedValue.beside(torch.ones(6, 2, 12), came, 3)
+    assert torch.equal(seen[..., :12], torch.ones(6, 2, 12))
+    assert seen[:, :, 12].tolist() == [[x, x] for x in (4.0, 3.5, 1.5, 0.5, 0.0, -0.5)]
+    came[0] = 100.0
+    assert FittedValue.beside(torch.ones(6, 2, 12), came, 3)[0, :, 12].tolist() == [4.0, 4.0]
 
 
 def test_it_says_what_ridge_regression_says_and_forgets_old_batches(model: CausalModel, tiny_llama: Path) -> None:
