@@ -201,8 +201,9 @@ def kept_for_good() -> Iterator[None]:
 
 def address_from_here(host: str) -> str:
     """Where this machine reaches a server that listens on `host`."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
-    return everywhere.get(host.strip("[]"), host)
+    bare = host.strip("[]")
+    found = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1"}.get(bare, bare)
+    return f"[{found}]" if ":" in found else found
 
 
 @app.command()

@@ -45,6 +45,7 @@ class CausalModel(nn.Module):
             from engine.general import General  # transformers' modelling code loads only where it is needed
 
             self.net = General(config, directory, dtype, device, self.lora)
+        self.packs: bool = getattr(self.net, "takes_positions", True)  # whether it goes by the positions it is given: so replies can share a prompt's row
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = text.vocab_size
         self.max_context = context_limit(text)

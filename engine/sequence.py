@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engine.stopping import StreamingText
 
 FinishReason = Literal["stop", "length", "cancelled"]
+COLD = 1e-6  # logits divided by less are no longer numbers
 BASE = "base"  # the version that is the model without an adapter
 
 
@@ -19,7 +20,7 @@ BASE = "base"  # the version that is the model without an adapter
 class SamplingParams:
     """How one reply is sampled. Raises ValueError when a value makes no sense."""
 
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # 0 = greedy; so is anything below COLD
     top_p: float = 1.0  # nucleus: the fewest tokens whose probabilities reach it; 1 = all
     max_tokens: int = 256
     stop: tuple[str, ...] = ()  # the reply ends before the first of these
@@ -29,6 +30,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
             raise ValueError(f"temperature must be between 0 and 100, not {self.temperature}")
+        if self.temperature < COLD:
+            object.__setattr__(self, "temperature", 0.0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_tokens < 1:

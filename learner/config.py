@@ -38,7 +38,7 @@ class RewardConfig:
     batch: int = 8  # comparisons a step
     folds: int = 4  # of the cross-validation
     max_examples: int = 400  # comparisons used, each voter's newest first in turn: a round must stay short
-    max_tokens: int = 512  # prompt + completion; longer prompts lose their oldest tokens, completions are never cut
+    max_tokens: int = 512  # prompt + completion; what is longer loses its oldest tokens, the prompt's first
 
     def __post_init__(self) -> None:
         _need(self.members >= 1, "reward.members must be at least 1")
@@ -87,7 +87,7 @@ class PPOConfig:
     judge_every: int = 4  # updates between looks at the held-out reward members
     patience: int = 2  # looks in a row that lie `part` under the best, and the score does not, before the run goes back to the best
     part: float = 0.5  # deviations of the reference's replies
-    chunk_tokens: int = 0  # padded tokens of one forward pass at most; 0: as suits the device (`learner/batching.py`)
+    chunk_tokens: int = 0  # padded tokens of one forward pass at most, four times as many where replies share a prompt; 0: as suits the device (`learner/batching.py`)
     whiten_rewards: bool = True
     whiten_advantages: bool = True
     max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it
@@ -97,6 +97,8 @@ class PPOConfig:
         _need(self.updates >= 1 and self.tokens >= 1 and self.epochs >= 1, "ppo.updates, ppo.tokens and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
+        _need(self.minibatches >= 1 and self.judge_every >= 1 and self.patience >= 1, "ppo.minibatches, ppo.judge_every and ppo.patience must be at least 1")
+        _need(self.kl_horizon > 0, "ppo.kl_horizon must be positive")
         _need(self.temperature > 0, "ppo.temperature must be positive")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")

@@ -339,6 +339,10 @@ def probe_logprobs(
     answers = [[*tokenizer.encode(p["answer"]), tokenizer.end_id] for p in probes]
     n, mean = len(probes), torch.zeros(len(probes), 1 + OTHERS)
     groups = [(prompts[i], [answers[(i + k) % n] for k in range(1 + OTHERS)]) for i in range(n)]
+    if not model.packs:
+        rows = [(prompt, answer) for prompt, own in groups for answer in own]
+        apart = [model.logprobs(torch.tensor([[*p, *a]], device=model.device), adapter=adapter)[0, len(p) - 1 :].mean() for p, a in rows]
+        return torch.stack(apart).view(n, 1 + OTHERS).cpu()
     order = sorted(range(n), key=lambda i: sum(map(len, groups[i][1])))
     for part in (order[i : i + PROBES_AT_ONCE] for i in range(0, n, PROBES_AT_ONCE)):
         packed = PackedRows.of([groups[i] for i in part], model.pad_id, model.device)

@@ -56,7 +56,8 @@ class Regression:
             self.slopes.append((x, slope))
             z[:, x + 1] -= slope * z[:, x]
             shown[:, x + 1] -= slope * shown[:, x]
-        self.scale = shown.std(0).clamp(min=1e-6) * z.shape[1] ** 0.5
+        # By all rows where those spread wider: what the replies shown hardly differ in, one edit would else be thousands of deviations off in
+        self.scale = torch.maximum(shown.std(0), z.std(0)).clamp(min=1e-6) * z.shape[1] ** 0.5
         self.scale[z.shape[1] - counts :] /= COUNT_FAVOUR
         z /= self.scale
         # The optimum lies in the span of the replies, and a turn of the axes leaves |w| as it is.

@@ -13,10 +13,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from engine.model import CausalModel
 from learner.batching import chunks
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the replies to it, token ids
 WORTH = 0.9  # of the cost of separate rows, at most: a dense mask is slower than the causal one
+LONG = 4  # a prompt with its replies may make a pass so many times as long as others: cut in pieces, each would read the prompt
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,17 @@ class PackedRows:
         return at
 
 
-def worth_packing(groups: Sequence[Group], hidden_size: int, limit: int) -> bool:
-    """Whether one row a prompt costs clearly less than one a reply, and every prompt fits `limit` whole with each reply.
+def worth_packing(groups: Sequence[Group], model: CausalModel, limit: int) -> bool:
+    """Whether `model` can read replies in one row, that costs clearly less than one a reply, and every prompt fits `limit` whole with each reply.
 
     Counted: padded tokens, each with a transformer layer's 24 D^2 multiplications and additions and 4 T D of attention.
     """
-    if any(len(prompt) + max(map(len, replies)) > limit for prompt, replies in groups):
+    if not model.packs or any(len(prompt) + max(map(len, replies)) > limit for prompt, replies in groups):
         return False
     packed = max(len(prompt) + sum(map(len, replies)) for prompt, replies in groups)
     plain = max(len(prompt) + max(map(len, replies)) for prompt, replies in groups)
     rows = sum(len(replies) for _, replies in groups)
-    return len(groups) * cost(packed, hidden_size) <= WORTH * rows * cost(plain, hidden_size)
+    return len(groups) * cost(packed, model.hidden_size) <= WORTH * rows * cost(plain, model.hidden_size)
 
 
 def by_prompt(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
@@ -94,18 +96,24 @@ def by_prompt(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[lis
     return [list(run) for _, run in groupby(rows, lambda i: prompts[i])]
 
 
-def passes(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], rows: Sequence[int], most: int, hidden_size: int) -> list[list[int]]:
+def passes(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], rows: Sequence[int], most: int, model: CausalModel) -> list[list[int]]:
     """`rows` in `batching.chunks` of at most `most` padded tokens, those of one prompt together where reading it once is clearly cheaper.
 
-    prompts, replies: of every row, token ids.
+    Rows of one prompt together may have `LONG` times `most`, one row alone any number. prompts, replies: of every row, token ids.
     """
 
     def tokens(rows: Sequence[int]) -> int:
         return len(prompts[rows[0]]) + sum(len(replies[i]) for i in rows)
 
-    groups, alone = by_prompt(prompts, rows), [[i] for i in rows]
-    together, apart = (sum(cost(tokens(rows), hidden_size) for rows in units) for units in (groups, alone))
-    units = groups if together <= WORTH * apart else alone
+    alone, groups = [[i] for i in rows], list[list[int]]()
+    for own in by_prompt(prompts, rows):
+        groups.append([])
+        for i in own:
+            if groups[-1] and tokens([*groups[-1], i]) > LONG * most:
+                groups.append([])
+            groups[-1].append(i)
+    together, apart = (sum(cost(tokens(rows), model.hidden_size) for rows in units) for units in (groups, alone))
+    units = groups if model.packs and together <= WORTH * apart else alone
     return [[i for unit in part for i in units[unit]] for part in chunks([tokens(rows) for rows in units], most)]
 
 

@@ -157,18 +157,18 @@ def train_ppo(
 
     asked = random.Random(f"unit/{seed}").sample(fitting, min(UNIT, len(fitting)))
     unit = sample(reference or BASE, asked, 0)
-    fault_price = FaultPrice(config.broken_penalty, broken_share(fault_tokens(unit, tokenizer), len(unit)))
+    fault_price = FaultPrice(config.broken_penalty, max(broken_share(fault_tokens(unit, tokenizer), len(unit)), 0.5 / len(unit)))
     fitted = FittedValue(model, reward) if config.estimator == "gae-ls" else None
     note = None
     begin(model, policy, start, config, seed)
-    if start not in (None, reference):
+    if start != reference:
         far = float(against_reference(sample(policy, next(draw), 1))[3].sum(1).mean())
         if far > ceiling:
             note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
             model.lora.delete(policy)
             begin(model, policy, reference, config, seed)
             start = reference
-    begun = None if start in (None, reference) else sample(policy, asked, 0)
+    begun = None if start == reference else sample(policy, asked, 0)
     scorer = Scorer(reward, unit, begun)
     judge = None if judges is None else Scorer(judges, unit, begun)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None

@@ -118,7 +118,7 @@ class RewardModel:
         """Scores (N, members) of N completions, each on its own prompt. `members` picks some of them, by position."""
         chosen = self.members if members is None else [self.members[i] for i in members]
         scores = torch.empty(len(prompt_ids), len(chosen))
-        for rows in packing.passes(prompt_ids, completion_ids, range(len(prompt_ids)), pass_tokens(self.model.device), self.model.hidden_size):
+        for rows in packing.passes(prompt_ids, completion_ids, range(len(prompt_ids)), pass_tokens(self.model.device), self.model):
             batch = self.laid_out([(prompt_ids[own[0]], [completion_ids[i] for i in own]) for own in packing.by_prompt(prompt_ids, rows)])
             features = {a: read(self.model, batch, a) for a in dict.fromkeys(m.adapter for m in chosen)}
             for column, member in enumerate(chosen):
@@ -178,7 +178,7 @@ class RewardModel:
 
     def laid_out(self, groups: Sequence[Group]) -> Rows | PackedRows:
         """Prompts with their replies: one row a prompt where that is cheaper, else one a reply."""
-        if worth_packing(groups, self.model.hidden_size, min(self.config.max_tokens, self.model.max_context)):
+        if worth_packing(groups, self.model, min(self.config.max_tokens, self.model.max_context)):
             return PackedRows.of(groups, self.model.pad_id, self.model.device)
         return self.rows([(prompt, reply) for prompt, replies in groups for reply in replies])
 

@@ -135,7 +135,7 @@ def at_characters(tokenizer: ChatTokenizer, completion: Sequence[int], ends: Seq
 def passes(model: CausalModel, batch: Trajectories, rows: Sequence[int], max_tokens: int = 0) -> list[Tensor]:
     """`rows` in `packing.passes` of at most `max_tokens` padded tokens; 0: as many as suit the device."""
     most = max_tokens or pass_tokens(batch.ids.device)
-    found = packing.passes(batch.prompts, batch.completions, sorted(rows), most, model.hidden_size)  # the same rows, the same passes
+    found = packing.passes(batch.prompts, batch.completions, sorted(rows), most, model)  # the same rows, the same passes
     return [torch.tensor(part, device=batch.ids.device) for part in found]
 
 
@@ -143,10 +143,12 @@ def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter:
     """(n, R', D) hidden states that chose the reply tokens of `rows`, R' the longest reply among them."""
     each = rows.tolist()
     groups = [(batch.prompts[own[0]], [batch.completions[i] for i in own]) for own in packing.by_prompt(batch.prompts, each)]
-    if len(groups) < len(each) and worth_packing(groups, model.hidden_size, model.max_context):
+    if len(groups) < len(each) and worth_packing(groups, model, model.max_context):
         packed = PackedRows.of(groups, model.pad_id, model.device)
         hidden = model(packed.ids, positions=packed.positions, valid=packed.valid, attend=packed.attend, adapter=adapter)  # (N, T', D)
-        return hidden[packed.row[:, None], packed.before]
+        # Not by indexing: several replies take their prompt's last state, and on several threads its gradients would add up in any order
+        at = packed.row[:, None] * packed.ids.shape[1] + packed.before  # (n, R')
+        return hidden.flatten(0, 1).index_select(0, at.flatten()).view(*at.shape, -1)
     wide = int(batch.valid[rows].sum(1).max())
     reply = int(batch.mask[rows].sum(1).max())
     hidden = model(batch.ids[rows, :wide], valid=batch.valid[rows, :wide], adapter=adapter)  # (n, T', D)

@@ -87,6 +87,7 @@ class Learner:
         self, model: CausalModel, tokenizer: ChatTokenizer, config: LearnerConfig, files: RoundFiles, registry: AdapterRegistry
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        model.pack()  # before anything is read: a replay reads votes first that a later round read after sampling, and finds the same bits
         self.files, self.registry = files, registry
         self.features: Known = {}  # of the votes, on the base: they are read once, not every round
         self.facts: dict[str, Probe] = {}  # what each reference knows, by its name
@@ -399,6 +400,8 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
 
     files, registry = RoundFiles(data_dir / "rounds"), AdapterRegistry(data_dir / "adapters")
     old = files.read(n)
+    if "config" not in old:
+        raise RoundStopped("failed", f"round {n} cannot be replayed: it was cut short before it had a record of its settings")
     config = LearnerConfig.from_dict(old["config"])
     schedule = [row["done"] for row in (old.get("ppo") or {}).get("history", ())]
     if finetuning := old.get("kind") == "sft":
@@ -429,7 +432,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """`value` ready for JSON: NaN and infinity become None, numbers are rounded to six digits."""
+    """`value` ready for JSON: NaN and infinity become None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

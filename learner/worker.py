@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from filelock import FileLock, Timeout
 
 from learner.config import ConfigError, LearnerConfig
 from store.adapters import AdapterRegistry
-from store.errors import DataDirUnwritable, NoDatabase, NotFound, StoreError
+from store.errors import DataDirInUse, DataDirUnwritable, NoDatabase, NotFound, StoreError
 from store.rounds import RoundFiles
 from store.store import Store
 
@@ -102,6 +103,7 @@ class Worker:
 
         torch.set_num_threads(self.config.threads)
         check_writable(self.files.root)
+        lock = alone(self.files.root)
         self.heartbeat.start()
         try:
             for n, state in close_unfinished(self.files, self.registry):
@@ -114,6 +116,7 @@ class Worker:
         finally:
             self.heartbeat.show(state="stopped")
             self.heartbeat.stop()
+            lock.release()
         return 0
 
     def _watch(self, learner: Any, once: bool) -> None:
@@ -175,6 +178,16 @@ def check_writable(root: Path) -> None:
         raise DataDirUnwritable(f"cannot make {root} ({error.strerror}). Choose another --data-dir") from error
     if not allowed:
         raise DataDirUnwritable(f"cannot write to {root}. Give this user permission, or choose another --data-dir")
+
+
+def alone(root: Path) -> FileLock:
+    """The lock of the one learner of this data directory; the system lets go of a dead one's. Raises DataDirInUse."""
+    lock = FileLock(root / "learner.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataDirInUse("another learner runs on this data directory: stop it (`plaudit serve --no-learner` starts none), or wait for it") from None
+    return lock
 
 
 def awaited(files: RoundFiles, store: Store, within_s: float) -> bool:

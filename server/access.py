@@ -61,8 +61,10 @@ async def _by_key(request: Request, runtime: Runtime) -> Identity:
     address = request.client.host if request.client else "unknown"
     if runtime.keyring.is_cached(presented):
         key = runtime.keyring.find(presented)
+    elif (key_id := runtime.keyring.named(presented)) is None:
+        key = None  # told from a good one without hashing, so nobody pays for it: browsers share the pages' address
     else:
-        runtime.quota.spend("failed key", address)
+        runtime.quota.spend("failed key", f"{address} {key_id}")
         key = await asyncio.to_thread(runtime.keyring.find, presented)
     if key is None:
         raise ApiError(401, "this key is not known here")

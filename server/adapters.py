@@ -97,10 +97,13 @@ async def upload(body: UploadRequest, request: Request, who: Operator) -> JSONRe
     """Take in a PEFT LoRA adapter. It becomes a candidate: promote it to make it live."""
     runtime = runtime_of(request)
     try:
-        tensors = base64.b64decode(body.adapter_model, validate=True)
+        tensors = await asyncio.to_thread(base64.b64decode, body.adapter_model, validate=True)  # megabytes: replies are being written
     except (binascii.Error, ValueError):
         raise ApiError(400, "adapter_model is not base64", param="adapter_model") from None
-    config = json.dumps(body.adapter_config, indent=1)
+    try:
+        config = json.dumps(body.adapter_config, indent=1)
+    except RecursionError:
+        raise ApiError(400, "adapter_config is nested too deeply", param="adapter_config") from None
     prompt_ids = runtime.tokenizer.render(PROBE)
     name = "upload-" + secrets.token_hex(6)
 

@@ -101,17 +101,21 @@ class Keyring:
         known = self._verified.get(digest)
         if known is not None:
             return self._keys.get(known)
-        prefix, _, rest = presented.partition("-")
-        key_id, _, secret = rest.partition("-")
-        key = self._keys.get(key_id)
-        if prefix != PREFIX or key is None or not secret:
+        key = self._keys.get(self.named(presented) or "")
+        if key is None:
             return None
         try:
-            self._hasher.verify(key.hash, secret)
+            self._hasher.verify(key.hash, presented.split("-", 2)[2])
         except (Argon2Error, InvalidHashError):
             return None
         self._verified[digest] = key.id
         return key
+
+    def named(self, presented: str) -> str | None:
+        """The id that `presented` says it is of, if there is such a key."""
+        prefix, _, rest = presented.partition("-")
+        key_id, _, secret = rest.partition("-")
+        return key_id if prefix == PREFIX and secret and key_id in self._keys else None
 
     def is_cached(self, presented: str) -> bool:
         """Whether `find` would answer without an argon2 verification."""

@@ -29,6 +29,7 @@ from server.deployment import Slots, UnknownModel
 from server.errors import ApiError, as_api_error, error_body
 from server.runtime import Runtime
 from server.schema import ChatRequest
+from store.errors import NotFound
 from store.records import Completion, NewComparison
 
 log = structlog.get_logger("plaudit")
@@ -263,8 +264,13 @@ class Chat:
         new = NewComparison(
             id=self.comparison_id, conversation_id=self.conversation_id, voter=self.who.voter,
             messages=tuple(self.messages), settings=settings, completions=completions,
+            continues="conversation_id" in (self.body.metadata or {}),
         )
-        await self.runtime.db(self.runtime.store.record_comparison, new)
+        try:
+            await self.runtime.db(self.runtime.store.record_comparison, new)
+        except NotFound:  # erased meanwhile: what the engine has read of it since goes too
+            await self.runtime.bridge.call(lambda engine: engine.forget())
+            raise
         metrics = self.runtime.metrics
         metrics.prompt_tokens.inc(len(self.prompt_ids))
         for completion in completions:

@@ -221,7 +221,8 @@ class Deployment:
         new = [v for v in await asyncio.to_thread(self.registry.versions) if v not in self._known and v not in self.refused]
         for version in new:
             async with self._lock:
-                await self._take_in_version(version)
+                if version not in self._known and version not in self.refused:  # an upload and the poll look at the same time
+                    await self._take_in_version(version)
         for number in await asyncio.to_thread(self.rounds.finished):
             if number not in self._known_rounds:
                 try:
@@ -273,9 +274,15 @@ class Deployment:
 
     # --- operators' and votes' decisions
 
-    async def promote(self, version: str, actor: str) -> None:
-        """Make `version` live before returning. Raises `UnknownModel`, `NotPossible`."""
+    def pair(self) -> tuple[str, str]:
+        """What votes decide between: the live version, and the candidate or else the version before."""
+        return self.live, self.candidate or self.previous or BASE
+
+    async def promote(self, version: str, actor: str, *, judged: tuple[str, str] | None = None) -> None:
+        """Make `version` live before returning; nothing where `judged` is not the `pair` any more. Raises `UnknownModel`, `NotPossible`."""
         async with self._lock:
+            if judged not in (None, self.pair()):
+                return
             if version != BASE and version not in self._known:
                 raise UnknownModel(f"there is no version {version[:64]!r}")
             if self.refused.get(version) == GATE_FAILED:
@@ -291,9 +298,11 @@ class Deployment:
             candidate = None if version == self.candidate else self.candidate
             await self._deploy(version, self.live, candidate, actor, "promote")
 
-    async def rollback(self, actor: str, action: str = "rollback") -> None:
-        """Make the version before the live one live again, before returning. Raises `NotPossible`."""
+    async def rollback(self, actor: str, action: str = "rollback", *, judged: tuple[str, str] | None = None) -> None:
+        """Make the version before the live one live again, before returning; `judged` as in `promote`. Raises `NotPossible`."""
         async with self._lock:
+            if judged not in (None, self.pair()):
+                return
             if self.previous is None:
                 raise NotPossible("there is no earlier version to go back to; promote one by name")
             try:
@@ -320,19 +329,20 @@ class Deployment:
         test = self.test()
         if test is None or test.decision == "hold":
             return
-        pair = (self.live, self.candidate or self.previous or BASE)
+        pair = self.pair()
         if self._settled.get(pair) == test.decision:
             return
         self._settled[pair] = test.decision
         log.info("votes_decided", pair=pair, decision=test.decision, votes=test.votes, win_rate=test.win_rate)
         try:
             if self.candidate is not None and test.decision == "promote":
-                await self.promote(self.candidate, AUTO)
+                await self.promote(self.candidate, AUTO, judged=pair)
             elif self.candidate is not None:
                 async with self._lock:
-                    await self._deploy(self.live, self.previous, None, AUTO, "drop candidate")
+                    if self.pair() == pair:
+                        await self._deploy(self.live, self.previous, None, AUTO, "drop candidate")
             elif test.decision == "rollback":
-                await self.rollback(AUTO, "automatic rollback")
+                await self.rollback(AUTO, "automatic rollback", judged=pair)
         except NotPossible as why:
             log.error("decision_not_carried_out", reason=str(why))
 

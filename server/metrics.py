@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = structlog.get_logger("plaudit")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -68,7 +69,8 @@ class Observe:
             took_s = time.perf_counter() - began
             # Only our own templates become labels: arbitrary paths would let a client grow the registry.
             route = getattr(scope.get("route"), "path", None) or "other"
-            self.metrics.requests.labels(scope["method"][:8], route, status or 499).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"  # a client may write anything there
+            self.metrics.requests.labels(method, route, status or 499).inc()
             self.metrics.latency.labels(route).observe(took_s)
             if route.startswith("/v1/"):
                 read = scope["method"] == "GET" and status < 400  # pages poll: these would drown the rest

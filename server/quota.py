@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import ApiError, error_response
 
 SWEEP = 10_000  # voters counted before the first look for those who left
-FAILED_KEYS = "30/minute"  # wrong keys per address: each costs an argon2 verification
+FAILED_KEYS = "30/minute"  # wrong secrets per address and key: each costs an argon2 verification
 
 
 class Quota:
@@ -66,14 +66,14 @@ def wait(before: int, count: int, amount: int, into: float) -> float:
 
 
 class BodyLimit:
-    """ASGI layer over `/v1/`: reads the body, stops reading at the limit (413), refuses other types than JSON (415)."""
+    """ASGI layer: reads the body, stops reading at the limit (413), and under `/v1/` refuses other types than JSON (415)."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, upload_path: str) -> None:
         self.app = app
         self.max_body_bytes, self.max_upload_bytes, self.upload_path = max_body_bytes, max_upload_bytes, upload_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         upload = scope["path"] == self.upload_path and scope["method"] == "POST"
@@ -81,7 +81,7 @@ class BodyLimit:
         headers = dict(scope["headers"])
         try:
             body = await self._read(headers, receive, limit)
-            if body and not _is_json(headers.get(b"content-type", b"")):
+            if body and scope["path"].startswith("/v1/") and not _is_json(headers.get(b"content-type", b"")):
                 raise ApiError(415, "send JSON with Content-Type: application/json")
         except ApiError as error:
             await error_response(error)(scope, receive, send)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 
 from server.access import Operator, runtime_of
-from server.cores import BUSY
+from server.cores import BUSY, alive
 from server.errors import ApiError
 from server.runtime import Runtime
 
@@ -28,7 +28,7 @@ async def running_round(runtime: Runtime, finished: set[int]) -> list[dict[str, 
     """The round the learner is in, with what it has so far, unless it is among the finished ones."""
     beat = await asyncio.to_thread(runtime.rounds.read_heartbeat) or {}
     number = beat.get("round")
-    if not isinstance(number, int) or number in finished or beat.get("state") not in BUSY:
+    if not isinstance(number, int) or number in finished or beat.get("state") not in BUSY or not alive(beat):
         return []
     so_far = beat.get("progress")
     row = {"round": number, "state": beat["state"], "started": beat.get("started"), "ended": None, "progress": so_far}

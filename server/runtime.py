@@ -115,11 +115,13 @@ class Runtime:
         self.started = time.time()
         log.info("ready", live=self.deployment.live, versions=len(self.deployment.servable()))
 
-    async def drain(self) -> None:
-        """Refuse new chats, and wait for the running ones up to the grace period."""
+    async def drain(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new chats, and wait for the running ones up to the grace period, or until `give_up()`. Once."""
+        if self.draining:
+            return
         self.draining = True
         until = time.monotonic() + self.settings.grace_s
-        while self.running_chats and time.monotonic() < until:
+        while self.running_chats and time.monotonic() < until and not give_up():
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:

@@ -228,7 +228,7 @@ class VoteRequest(Body):
         return ("tie", [list(range(n))]) if self.verdict == "tie" else ("none", [])
 
 
-class UploadRequest(Body):
+class UploadRequest(Wire):
     """`POST /v1/adapters`: a PEFT LoRA adapter. The one call with a large body."""
 
     adapter_config: dict[str, Any] = Field(description="the content of adapter_config.json")

@@ -1,7 +1,7 @@
 """Runs the application under uvicorn with a shutdown that lets running requests finish.
 
 At the first signal the server drains: `/readyz` and new chats answer 503 while the socket still listens, running
-requests finish up to the grace period, then uvicorn stops. A second signal stops at once.
+requests finish up to the grace period, then uvicorn stops. A second Ctrl-C (SIGINT) stops at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PlauditServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain with the socket still open, then shut down as uvicorn does."""
         if not self.force_exit:
-            await self.runtime.drain()
+            await self.runtime.drain(lambda: self.force_exit)
         await super().shutdown(sockets)
 
 
@@ -33,6 +33,7 @@ def make_server(app: FastAPI, settings: Settings) -> PlauditServer:
     """A server for `app`; `.run()`, or `.run(sockets=[bound])` with a socket bound beforehand."""
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
-        timeout_keep_alive=30, ws="none", timeout_graceful_shutdown=int(settings.grace_s) + 1, server_header=False,
+        timeout_keep_alive=30, ws="none", server_header=False,
+        timeout_graceful_shutdown=1,  # for what is not a chat: those have had their grace
     )
     return PlauditServer(config, app.state.runtime)

@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     @classmethod
     def _rate(cls, value: str) -> str:
         try:
-            parse_rate(value)
+            if parse_rate(value).amount < 1:
+                raise ValueError
         except ValueError:
             raise ValueError(f"{value!r} is not a rate; write it like 60/minute") from None
         return value

@@ -6,6 +6,7 @@ last, `manifest.json` with the sha256 of every other file. Knows no database and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -22,12 +23,13 @@ from filelock import FileLock
 
 from store.database import fsync_dir, plain_errors
 from store.errors import CorruptAdapter
-from store.files import fsync_file, read_json, write_json
+from store.files import fsync_file, read_json, write_bytes, write_json
 
 VERSION = re.compile(r"v\d{6,}")
 CONTENT = ("adapter_config.json", "adapter_model.safetensors")  # what `sha256` addresses
 MANIFEST = "manifest.json"
 STAGING = ".publishing-"
+NEWEST = ".newest"  # the last version's name, whether or not it is still there
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ class AdapterRegistry:
         """`publish`, while no other publisher is at it."""
         for left in self.root.glob(f"{STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
-        taken = self.versions()
-        version = f"v{int(taken[-1][1:]) + 1 if taken else 1:06d}"
+        version = f"v{self._newest() + 1:06d}"
         staging = Path(tempfile.mkdtemp(dir=self.root, prefix=STAGING))
         try:
             write(staging)
@@ -119,12 +120,20 @@ class AdapterRegistry:
             })
             write_json(staging / MANIFEST, manifest.to_dict())
             staging.chmod(0o755)
+            write_bytes(self.root / NEWEST, version.encode())  # first: a number is skipped rather than used twice
             os.rename(staging, self.root / version)
             fsync_dir(self.root)
             return manifest
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+    def _newest(self) -> int:
+        """The highest number that was ever used, also by a version that was moved away since; 0 before the first."""
+        names = self.versions()[-1:]
+        with contextlib.suppress(FileNotFoundError):
+            names.append((self.root / NEWEST).read_text("ascii"))
+        return max((int(name[1:]) for name in names if VERSION.fullmatch(name)), default=0)
 
     def versions(self) -> list[str]:
         """Published versions, oldest first."""

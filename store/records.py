@@ -32,6 +32,7 @@ class NewComparison:
     messages: tuple[Message, ...]  # the conversation so far
     settings: dict[str, Any]  # sampling settings
     completions: tuple[Completion, ...]
+    continues: bool = False  # the conversation was there when the reply was asked for: if it is not now, it was erased
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Deployment:
     previous: str | None = None
     candidate: str | None = None
     since: float | None = None  # Unix seconds
-    actor: str | None = None
+    actor: str | None = None  # who made `live` live
 
 
 @dataclass(frozen=True)

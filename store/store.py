@@ -128,7 +128,7 @@ class Store:
     # --- chat
 
     def record_comparison(self, new: NewComparison) -> Comparison:
-        """Keep a comparison with its conversation and message path. Raises NotFound for somebody else's conversation."""
+        """Keep a comparison with its conversation and message path. Raises NotFound for somebody else's conversation, or one that was erased."""
         now = time.time()
         with self._write() as db:
             self._insert_comparison(db, new, now)
@@ -138,6 +138,8 @@ class Store:
 
     def _insert_comparison(self, db: Database, new: NewComparison, now: float) -> None:
         owner = db.execute("select voter from conversations where id = ?", [new.conversation_id]).fetchone()
+        if owner is None and new.continues:
+            raise NotFound("this conversation was erased while the reply was written; nothing of it is kept")
         if owner is None:
             db.table("conversations").insert({"id": new.conversation_id, "voter": new.voter, "created": now, "updated": now})
         elif owner[0] != new.voter:
@@ -435,7 +437,9 @@ class Store:
     def deployment(self) -> Deployment:
         """What is served."""
         with self._read() as db:
-            row = db.execute("select live, previous, candidate, since, actor from deployments order by id desc limit 1").fetchone()
+            row = db.execute(
+                "select live, previous, candidate, since, (select o.actor from deployments o where o.since is d.since order by o.id limit 1) "
+                "from deployments d order by id desc limit 1").fetchone()
             return Deployment(*row) if row else Deployment()
 
     def deploy(self, live: str, previous: str | None, candidate: str | None = None, *, actor: str, action: str) -> None:

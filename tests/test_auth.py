@@ -39,6 +39,15 @@ def test_wrong_keys_find_nothing(tmp_path: Path) -> None:
         assert ring.find(wrong) is None, wrong
 
 
+def test_a_key_that_names_none_of_ours_is_told_without_hashing(tmp_path: Path) -> None:
+    ring = Keyring(tmp_path)
+    key = ring.create("user", "ann")
+    prefix, key_id, _ = key.split("-", 2)
+    assert ring.named(key) == ring.named(f"{prefix}-{key_id}-guess") == key_id
+    for wrong in ("", "plaudit", f"{prefix}-{key_id}", f"{prefix}-{key_id}-", f"{prefix}-000000000000-guess", f"other-{key_id}-guess"):
+        assert ring.named(wrong) is None and ring.find(wrong) is None
+
+
 def test_a_verified_key_is_found_fast_the_second_time(tmp_path: Path) -> None:
     ring = Keyring(tmp_path)
     key = ring.create("user", "ana")
@@ -148,6 +157,7 @@ def test_every_setting_says_what_it_means() -> None:
 @pytest.mark.parametrize(("flags", "named"), [
     ({"port": 70000}, "port (flag --port)"),
     ({"rate_chat": "often"}, "rate_chat (flag --rate-chat)"),
+    ({"rate_chat": "0/minute"}, "rate_chat (flag --rate-chat)"),
     ({"promotion": "maybe"}, "promotion (flag --promotion)"),
 ])
 def test_a_bad_setting_is_named_in_one_line(flags: dict[str, object], named: str) -> None:

@@ -247,3 +247,13 @@ def test_what_is_kept_for_good_is_not_collected_and_the_rest_is() -> None:
         assert gone() is None and there() is not None
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize(("host", "address"), [
+    ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::", "[::1]"), ("[::1]", "[::1]"), ("2001:db8::1", "[2001:db8::1]"),
+    ("chat.example", "chat.example"),
+])  # fmt: skip
+def test_pages_reach_the_server_whatever_it_listens_on(host: str, address: str) -> None:
+    from plaudit import address_from_here
+
+    assert address_from_here(host) == address

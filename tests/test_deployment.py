@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import collections
 import json
@@ -291,6 +292,51 @@ def test_in_canary_mode_votes_promote_or_drop_the_candidate(tiny_llama: Path, tm
             if running.runtime.deployment.candidate is None:
                 break
         assert (running.runtime.deployment.live, running.runtime.deployment.candidate) == (live, None)
+
+
+def test_two_looks_at_one_new_version_take_it_in_once(tiny_llama: Path, tmp_path: Path) -> None:
+    """An upload looks for new versions while the poll does: else the version would be live and its own predecessor."""
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama)) as running:
+        deployment, loop = running.runtime.deployment, running.runtime.bridge._loop
+        first = publish_random(registry, tiny_llama, seed=1)
+        running.until(lambda: deployment.live == first)
+        second = publish_random(registry, tiny_llama, seed=2)
+
+        async def both() -> None:
+            await asyncio.gather(deployment.take_in(), deployment.take_in())
+
+        asyncio.run_coroutine_threadsafe(both(), loop).result(30)
+        assert (deployment.live, deployment.previous) == (second, first)
+
+
+def test_what_votes_decided_is_not_done_to_another_version(tiny_llama: Path, tmp_path: Path) -> None:
+    """They turned the live version down; while it waited for the lock, a newer one went live."""
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama)) as running:
+        deployment, loop = running.runtime.deployment, running.runtime.bridge._loop
+        first = publish_random(registry, tiny_llama, seed=1)
+        running.until(lambda: deployment.live == first)
+        judged = deployment.pair()
+        second = publish_random(registry, tiny_llama, seed=2)
+        running.until(lambda: deployment.live == second)
+        for late in (deployment.rollback("votes", judged=judged), deployment.promote(first, "votes", judged=judged)):
+            asyncio.run_coroutine_threadsafe(late, loop).result(30)
+            assert (deployment.live, deployment.previous) == (second, first)
+        asyncio.run_coroutine_threadsafe(deployment.rollback("votes", judged=deployment.pair()), loop).result(30)
+        assert deployment.live == first
+
+
+def test_an_operators_choice_stays_theirs_through_a_later_canary_and_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
+    registry, settings = AdapterRegistry(tmp_path / "adapters"), settings_for(tmp_path, tiny_llama, promotion="canary")
+    first = publish_random(registry, tiny_llama, seed=1)
+    with served(settings) as running, running.client() as c:
+        c.post(f"/v1/adapters/{first}/promote")
+        second = publish_random(registry, tiny_llama, seed=2)
+        running.until(lambda: running.runtime.deployment.candidate == second)
+        assert running.runtime.deployment.by_operator
+    with served(settings) as running:
+        assert running.runtime.deployment.live == first and running.runtime.deployment.by_operator
 
 
 # --- uploads and rounds

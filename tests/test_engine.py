@@ -429,3 +429,10 @@ def test_an_emoji_streams_whole_through_the_engine(make: Callable[..., Engine], 
     monkeypatch.setattr(engine, "_sample", lambda logits: ([next(script)], [-1.0]))
     engine.add(prompts(4)[0], [SamplingParams(max_tokens=len(spelled))], ["base"])
     assert [delta.text for delta in run(engine)] == ["", "é", " ", "", "", "", "🙂", "!"]
+
+
+def test_a_temperature_that_no_logit_survives_is_greedy(make: Callable[..., Engine]) -> None:
+    assert SamplingParams(temperature=1e-40).temperature == 0 and SamplingParams(temperature=1e-3).temperature == 1e-3
+    engine = make()
+    cold, still = (engine.generate(prompts(9), [SamplingParams(temperature=t, max_tokens=8)])[0] for t in (1e-40, 0))
+    assert cold.token_ids == still.token_ids and cold.logprobs == still.logprobs

@@ -151,6 +151,21 @@ def test_the_level_of_simulated_voters_is_found(level: float) -> None:
     assert found == pytest.approx(oracle, abs=0.12)  # pairs waste a little of what the choice says
 
 
+def test_one_edit_unlike_all_replies_shown_does_not_run_away_with_the_head() -> None:
+    """Replies shown have one or two sentence ends, so that the count's square is a line in it; one edit has four."""
+    rng = np.random.default_rng(0)
+    examples, features = [], []
+    for n in range(40):
+        ends = [*rng.integers(1, 3, 4), *([4] if n == 0 else [])]
+        count = np.log1p(ends)[:, None]
+        features.append(torch.tensor(np.concatenate([rng.normal(size=(len(ends), 12)), count, count**2], 1), dtype=torch.float32))
+        made = example((5,), [(6,)] * len(ends), [[0], [1, 2, 3]], n)
+        examples.append(replace(made, edit_beats=(0,)) if n == 0 else made)
+    head = linear_probe(examples, features, torch.ones(40), 0.4, 2).weight
+    per_end = [float(math.log1p(ends) * head[-2] + math.log1p(ends) ** 2 * head[-1]) for ends in (2, 4)]
+    assert 0 < per_end[1] - per_end[0] < 6.0  # logits; 18 when scaled by the replies shown alone
+
+
 def test_none_good_votes_make_better_scores() -> None:
     """40 choices of which about half are refusals, 12 draws: more pairs right than without them, by 2 standard errors."""
     gains = []

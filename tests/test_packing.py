@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from engine.model import CausalModel
 from learner.config import RewardConfig
 from learner.data import RankedExample
-from learner.packing import PackedRows, worth_packing
+from learner.packing import LONG, PackedRows, passes, worth_packing
 from learner.reward import RewardModel, features_of, features_of_packed
 
 
@@ -59,14 +60,24 @@ def test_no_reply_sees_another(model: CausalModel) -> None:
     torch.testing.assert_close(features[0][1:], features[1][1:], rtol=0, atol=0)
 
 
+@dataclass
+class Shape:
+    """What of a model packing asks for."""
+
+    hidden_size: int = 256
+    packs: bool = True
+
+
 def test_they_are_packed_where_that_is_cheaper_and_nothing_would_be_cut() -> None:
     long_prompt, short_prompt = [((1,) * 64, ((2,) * 64,) * 4)], [((1,) * 4, ((2,) * 64,) * 4)]
-    assert worth_packing(long_prompt, 256, 512) and worth_packing([((1,) * 64, ((2,) * 64,) * 2)], 256, 512)
-    assert not worth_packing(short_prompt, 256, 512)  # little to share, and a longer row to attend over
-    assert not worth_packing(long_prompt, 256, 127)  # the prompt would have to be cut
-    assert not worth_packing([((1,) * 64, ((2,) * 64,))], 256, 512)  # one reply
+    wide = Shape()
+    assert worth_packing(long_prompt, wide, 512) and worth_packing([((1,) * 64, ((2,) * 64,) * 2)], wide, 512)
+    assert not worth_packing(short_prompt, wide, 512)  # little to share, and a longer row to attend over
+    assert not worth_packing(long_prompt, wide, 127)  # the prompt would have to be cut
+    assert not worth_packing([((1,) * 64, ((2,) * 64,))], wide, 512)  # one reply
+    assert not worth_packing(long_prompt, Shape(packs=False), 512)  # type: ignore[arg-type]  # a model that tells places by columns
     uneven = [*long_prompt, ((1,) * 4, ((2,) * 2,) * 4)]
-    assert worth_packing(uneven, 256, 512) == (2 * 320 * (1536 + 320) <= 0.9 * 8 * 128 * (1536 + 128))
+    assert worth_packing(uneven, wide, 512) == (2 * 320 * (1536 + 320) <= 0.9 * 8 * 128 * (1536 + 128))
 
 
 def test_training_takes_the_packed_rows_and_learns_the_same(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +122,11 @@ def test_a_batch_read_in_several_passes_makes_the_step_of_one(tiny_llama: Path, 
     assert passes[0] == 2 < passes[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-2, atol=1e-4)
+
+
+def test_a_prompt_with_its_replies_makes_no_pass_of_any_length() -> None:
+    prompts, replies = [(1,) * 400] * 8, [(2,) * 160] * 8
+    found = passes(prompts, replies, range(8), 256, Shape())  # type: ignore[arg-type]
+    assert sorted(found) == [[0, 1, 2], [3, 4, 5], [6, 7]] and LONG * 256 == 1024  # of 880 tokens at most
+    assert sorted(passes(prompts, replies, range(3), 64, Shape())) == [[0], [1], [2]]  # type: ignore[arg-type]
+    assert sorted(passes(prompts, replies, range(3), 256, Shape(packs=False))) == [[0], [1], [2]]  # type: ignore[arg-type]

@@ -95,6 +95,16 @@ def test_a_failed_publish_leaves_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == []
 
 
+def test_a_number_is_not_used_again_when_its_version_was_moved_away(tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    one, two = (registry.publish(adapter(), {}).version for _ in range(2))
+    registry.path(two).rename(tmp_path / "damaged")
+    assert registry.publish(adapter(), {}).version == "v000003"
+    assert registry.versions() == [one, "v000003"]
+    (tmp_path / "adapters" / ".newest").write_text("nonsense")  # then the directories alone say
+    assert registry.publish(adapter(), {}).version == "v000004"
+
+
 def test_links_are_not_published(tmp_path: Path) -> None:
     def write(directory: Path) -> None:
         adapter()(directory)

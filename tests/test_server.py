@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,10 @@ def test_a_body_too_large_is_refused_also_without_its_length(client: httpx.Clien
     assert error_of(answer, 413)["code"] == "body_too_large"
 
 
+def test_no_path_takes_a_body_of_any_length(client: httpx.Client) -> None:
+    assert client.post("/gradio_api/queue/join", content=b"x" * 300_000).status_code == 413
+
+
 def test_other_types_than_json_are_refused(client: httpx.Client) -> None:
     form = client.post("/v1/chat/completions", content=b"x=1", headers={"Content-Type": "application/x-www-form-urlencoded"})
     for answer in (form, client.post("/v1/chat/completions", content=b"{}")):
@@ -330,6 +337,56 @@ def test_a_conversation_goes_on_is_read_and_is_erased(server: Served) -> None:
         assert gone.status_code == 200 and gone.json()["votes"] == 1 and gone.json()["versions"] == []
         error_of(c.get(f"/v1/conversations/{ids['conversation_id']}"), 404)
         error_of(c.get(f"/v1/comparisons/{ids['comparison_id']}"), 404)
+
+
+def test_a_conversation_erased_while_a_reply_is_written_stays_erased(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        conversation = ask(c, 1)["plaudit"]["conversation_id"]
+        running.slow(0.02)
+        body = {"messages": HELLO, "n": 1, "max_tokens": 48, "metadata": {"conversation_id": conversation}, "stop": ["\u0000"]}
+        with ThreadPoolExecutor(1) as other:
+            late = other.submit(c.post, "/v1/chat/completions", json=body)
+            running.until(lambda: running.runtime.running_chats == 1 and running.runtime.bridge._engine.has_work())
+            assert c.delete(f"/v1/conversations/{conversation}").status_code == 200
+            assert late.result(60).status_code == 404
+        assert c.get(f"/v1/conversations/{conversation}").status_code == 404
+        assert running.runtime.store.counts()["comparisons"] == 0
+
+
+def test_methods_that_are_none_share_one_label(server: Served, client: httpx.Client) -> None:
+    for method in ("BREW", "WHEN"):
+        client.request(method, "/v1/status")
+    labels = {sample.labels["method"] for metric in server.runtime.metrics.requests.collect() for sample in metric.samples}
+    assert "other" in labels and not labels & {"BREW", "WHEN"}
+
+
+def test_wrong_keys_from_one_address_keep_nobody_with_a_good_one_out(tiny_llama: Path, tmp_path: Path) -> None:
+    """Browsers reach the API from the server's own address: one page with a revoked key polls for all."""
+    settings = settings_for(tmp_path, tiny_llama)
+    with served(settings) as running:
+        good, theirs = running.runtime.keyring.create("user", "ann"), running.runtime.keyring.create("user", "bob")
+        with running.client() as c:
+            for n in range(40):
+                assert c.get("/v1/status", headers={"Authorization": f"Bearer plaudit-{n:012d}-nothing"}).status_code == 401
+            guesses = [c.get("/v1/status", headers={"Authorization": f"Bearer {theirs}{n}"}).status_code for n in range(32)]
+            assert guesses[:30] == [401] * 30 and 429 in guesses[30:]
+            assert c.get("/v1/status", headers={"Authorization": f"Bearer {good}"}).status_code == 200
+
+
+def test_a_second_signal_ends_the_wait_for_running_replies(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, grace_s=60.0)) as running, running.client() as c:
+        running.slow(0.1)
+        with ThreadPoolExecutor(1) as other:
+            late = other.submit(c.post, "/v1/chat/completions", json={"messages": HELLO, "n": 1, "max_tokens": 60})
+            running.until(lambda: running.runtime.running_chats == 1)
+            began = time.monotonic()
+            running.server.should_exit = True
+            running.until(lambda: running.runtime.draining)
+            running.server.force_exit = True
+            running.thread.join(timeout=30)
+            assert not running.thread.is_alive() and time.monotonic() - began < 5.0
+            with contextlib.suppress(httpx.HTTPError):
+                late.result(30)
 
 
 def test_votes_come_out_as_training_data(server: Served) -> None:

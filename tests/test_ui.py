@@ -9,14 +9,17 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import gradio as gr
 import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tests.ui_fake import TEXTS, Fake, error
-from ui import cards, figures, sentences
+from ui import cards, figures, operator, sentences
+from ui.chat import _Page
 from ui.client import ApiClient, Problem, Visitor
 from ui.exchange import Chat, Reply
 from ui.pace import paced
@@ -61,6 +64,7 @@ ATTACKS = [
     "{{constructor.constructor('alert(1)')()}} ${alert(1)} `${alert(1)}`",
     "<details open ontoggle=alert(1)>",
     "\u202e\u2066<script>",
+    "[https://[your-server]/admin](https://example.com) <http://[abc> [x](http://[bad/y)",
     "<scr\x00ipt>alert(1)</scr\x00ipt>",
 ]
 TAGS = frozenset(re.findall(r"\w+", "p br strong em s code pre ul ol li blockquote hr a span h3 h4 h5 h6 table thead tbody tr th td"))
@@ -194,6 +198,82 @@ def test_leaving_early_closes_the_source() -> None:
     assert closed == [True]
 
 
+def test_a_link_whose_text_is_no_address_says_where_it_leads() -> None:
+    assert "(example.com)" in markdown("[https://[your-server]/admin](https://example.com)")
+
+
+# --- what the page does
+
+
+async def said(page: _Page, chat: Chat, text: str) -> list:
+    return [update async for update in page.converse(text, 2, chat, WHO)]
+
+
+def test_what_was_stopped_is_in_no_conversation_and_can_be_tried_again() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        async for _ in page.converse("Hi", 2, chat, WHO):
+            if chat.replies and chat.replies[0].text:
+                page.stop(chat)
+        assert (chat.phase, chat.conversation_id) == ("stopped", None)
+        await said(page, chat, "Hi")
+        assert (chat.phase, chat.conversation_id, chat.problem) == ("choosing", "conv-1", "")
+        await said(page, chat, "And?")
+        assert chat.phase == "choosing" and fake.asked[-1]["metadata"]["conversation_id"] == "conv-1"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_vote_that_takes_long_leaves_the_next_exchange_alone(undo: bool) -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        if undo:
+            await page.cast(chat, WHO, 1, None)
+        fake.vote_s = 0.2
+        vote = asyncio.create_task(page.undo(chat, WHO) if undo else page.cast(chat, WHO, 1, None))
+        await asyncio.sleep(0.05)
+        fake.pause_s = 0.05
+        await said(page, chat, "And?")
+        assert await vote == (gr.skip(),) * 6
+        assert chat.phase == "choosing" and chat.choice is None and not any(reply.version for reply in chat.replies)
+        assert [reply.text for reply in chat.replies] == list(TEXTS[:2]) and chat.turns[0].reply == TEXTS[1]
+        assert len(fake.withdrawn if undo else fake.votes) == 1
+
+    asyncio.run(run())
+
+
+def test_a_vote_that_takes_long_does_not_bring_back_a_conversation_that_was_left() -> None:
+    async def run() -> None:
+        fake = Fake()
+        fake.vote_s = 0.2
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        vote = asyncio.create_task(page.cast(chat, WHO, 1, None))
+        await asyncio.sleep(0.05)
+        request = SimpleNamespace(headers={})
+        fresh = (await page.restart(chat, {}, request))[-1]  # type: ignore[arg-type]
+        assert await vote == (gr.skip(),) * 6 and fresh.phase == "empty"
+
+    asyncio.run(run())
+
+
+def test_going_back_is_refused_where_the_version_before_is_another_by_now() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, request = operator._Page(client_of(fake.app())), SimpleNamespace(headers={})
+        fake.adapters = {"live": "v000003", "previous": "v000002", "data": []}
+        said = (await page.confirmed(("rollback", "v000001"), {}, request))[-1]  # type: ignore[arg-type]
+        assert "look again" in said and "v000002" in said and fake.steered == []
+        assert "v000002 is live" in (await page.confirmed(("rollback", "v000002"), {}, request))[-1]  # type: ignore[arg-type]
+        assert fake.steered == ["rollback"]
+
+    asyncio.run(run())
+
+
 # --- client
 
 
@@ -211,6 +291,7 @@ def talk(fake: Fake, messages: list[dict[str, str]], n: int, conversation: str |
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_streamed_replies_arrive_whole_and_apart(n: int) -> None:
     fake = Fake()
+    fake.kept.add("conv-9")
     pieces = talk(fake, [{"role": "user", "content": "Hi"}], n, "conv-9")
     for index in range(n):
         assert "".join(p.text for p in pieces if p.index == index) == TEXTS[index]
@@ -554,7 +635,7 @@ def test_a_page_names_no_other_host_to_load_from_and_forbids_it(mounted: TestCli
     assert "connect-src 'self'" in policy and "img-src 'self' data:" in policy and "frame-ancestors 'none'" in policy
 
 
-@pytest.mark.parametrize("path", ["/gradio_api/upload", "/operator/gradio_api/upload", "/gradio_api/proxy=https://x.hf.space/a", "/gradio_api/file=/etc/passwd"])
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/operator/gradio_api/upload", "/gradio_api/proxy=https://x.hf.space/a", "/gradio_api/file=/etc/passwd", "/gradio_api/upload%0A"])
 def test_gradios_doors_that_no_page_uses_are_shut(mounted: TestClient, path: str) -> None:
     assert mounted.post(path, files={"files": b"x"}).status_code == 404
     assert mounted.get(path).status_code == 404

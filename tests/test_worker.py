@@ -17,7 +17,7 @@ import pytest
 
 from engine.tokenizer import ChatTokenizer
 from learner.config import ConfigError, LearnerConfig
-from learner.worker import awaited, due, main, progress_so_far
+from learner.worker import alone, awaited, due, main, progress_so_far
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
 from store.store import Store
@@ -98,7 +98,8 @@ def test_the_next_round_waits_until_the_server_has_taken_in_the_last_version(tmp
 
 def test_settings_are_checked_by_name() -> None:
     assert LearnerConfig().override({"ppo.updates": "3"}).ppo.updates == 3
-    for wrong in ({"ppo.nothing": "1"}, {"ppo": "1"}, {"ppo.updates": "many"}, {"round_votes": "0"}, {"nothing.updates": "1"}):
+    for wrong in ({"ppo.nothing": "1"}, {"ppo": "1"}, {"ppo.updates": "many"}, {"round_votes": "0"}, {"nothing.updates": "1"},
+                  {"ppo.minibatches": "0"}, {"ppo.patience": "0"}, {"ppo.judge_every": "0"}, {"ppo.kl_horizon": "0"}):  # fmt: skip
         with pytest.raises(ConfigError):
             LearnerConfig().override(wrong)
 
@@ -220,6 +221,23 @@ def test_a_directory_that_cannot_be_written_is_one_line_and_exit_2(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_second_learner_on_a_data_directory_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rounds").mkdir()
+    first = alone(tmp_path / "rounds")
+    assert main(["--data-dir", str(tmp_path), "--once"]) == 2
+    said = capsys.readouterr().err
+    assert "another learner runs on this data directory" in said and "Traceback" not in said
+    first.release()
+    alone(tmp_path / "rounds").release()
+
+
+def test_a_round_that_was_cut_short_cannot_be_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = RoundFiles(tmp_path / "rounds")
+    files.finish(files.begin(), {"state": "abandoned", "votes": 0})
+    assert main(["--data-dir", str(tmp_path), "--replay", "1"]) != 0
+    assert "cannot be replayed: it was cut short" in capsys.readouterr().err
+
+
 def test_a_round_that_is_not_there_cannot_be_replayed(tmp_path: Path) -> None:
     with worker(tmp_path, tmp_path / "nothing", FAST, "--replay", "9") as child:
         assert child.wait(timeout=60) == 2

@@ -46,6 +46,8 @@ class Fake:
         self.adapters: dict[str, Any] = {"data": [], "live": "base"}
         self.rounds: list[dict[str, Any]] = []
         self.conversations: list[dict[str, Any]] = []
+        self.kept: set[str] = set()  # conversations that may be continued
+        self.vote_s = 0.0  # how long a vote takes
 
     def app(self) -> FastAPI:
         """The application; `ui.mount` can go on top."""
@@ -62,14 +64,18 @@ class Fake:
             return await call_next(request)
 
         @api.post("/v1/chat/completions")
-        async def chat(request: Request) -> StreamingResponse:
+        async def chat(request: Request) -> Any:
             body = await request.json()
+            continued = (body.get("metadata") or {}).get("conversation_id")
+            if continued is not None and continued not in self.kept:
+                return error(404, "there is no such conversation of yours")
             self.asked.append(body)
             return StreamingResponse(self._stream(body), media_type="text/event-stream")
 
         @api.put("/v1/comparisons/{comparison}/vote")
         async def vote(comparison: str, request: Request) -> JSONResponse:
             body = await request.json()
+            await asyncio.sleep(self.vote_s)
             self.votes.append({"comparison": comparison, **body})
             self.status["votes_until_next_round"] -= 1
             n = self.asked[-1]["n"]
@@ -78,6 +84,7 @@ class Fake:
 
         @api.delete("/v1/comparisons/{comparison}/vote")
         async def withdraw(comparison: str) -> dict[str, bool]:
+            await asyncio.sleep(self.vote_s)
             self.withdrawn.append(comparison)
             self.status["votes_until_next_round"] += 1
             return {"withdrawn": True}
@@ -92,6 +99,7 @@ class Fake:
 
         @api.get("/v1/conversations/{conversation}")
         async def conversation(conversation: str) -> dict[str, Any]:
+            self.kept.add(conversation)
             choices = [{"index": i, "text": TEXTS[i], "finish_reason": "stop"} for i in range(2)]
             question = [{"role": "user", "content": "What are bees?"}]
             return {"conversation_id": conversation, "comparisons": [
@@ -156,6 +164,7 @@ class Fake:
                         yield f"data: {json.dumps({'error': {'message': 'The model ran out of memory.'}})}\n\n"
                         return
                 await asyncio.sleep(self.pause_s)
+            self.kept.add(ids["conversation_id"])  # as the server does: an exchange that did not end is not kept
             yield "data: [DONE]\n\n"
         except asyncio.CancelledError:
             self.cut_off += 1

@@ -106,11 +106,12 @@ class _Page:
         yield "", cards.thread(chat), cards.exchange(chat), _shown(False), _shown(True), _shown(False), gr.skip(), chat
         same: list[Any] = [gr.skip()] * 8
         problem: Problem | None = None
+        conversation_id: str | None = None
         try:
             async for batch in paced(source):
                 if chat.number != number or chat.phase != "streaming":
                     return
-                _take_in(chat, batch)
+                conversation_id = _take_in(chat, batch) or conversation_id
                 yield *same[:2], cards.exchange(chat), *same[3:]
         except Problem as raised:
             problem = raised
@@ -118,6 +119,8 @@ class _Page:
             return
         if problem is None and chat.comparison_id is None:
             problem = Problem("The server sent no replies that can be voted on. Please try again.")
+        if problem is None:  # only now is there such a conversation: the server keeps none of what was stopped or failed
+            chat.conversation_id = conversation_id or chat.conversation_id
         chat.phase, chat.problem = ("failed", str(problem)) if problem else ("choosing", "")
         chat.too_long = problem is not None and problem.too_long and bool(chat.history())
         yield (
@@ -147,30 +150,43 @@ class _Page:
         return await self.cast(chat, who, choice, None)
 
     async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None) -> tuple[Any, ...]:
-        """Send the vote; the page says it is saved only after the server has said so."""
-        before = chat.choice, chat.edit
+        """Send the vote; the page says it is saved only after the server has said so, if it still shows what was voted on."""
+        before, number = (chat.choice, chat.edit), chat.number
         chat.choice, chat.edit = choice, edit
         try:
             answer = await self.client.vote(who, str(chat.comparison_id), chat.vote())
         except Problem as problem:
+            if chat.number != number:
+                gr.Warning(f"Your pick is not saved. {problem}")
+                return _left()
             chat.choice, chat.edit = before
             chat.problem = f"Your pick is not saved. {problem}"
             return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), _shown(problem.needs_key), chat
+        if chat.number != number:
+            return _left()
         chat.reveal(answer.get("choices"))
         chat.phase, chat.problem, chat.editing = "voted", "", None
         chat.saved = _saved(choice, edit)
-        return cards.exchange(chat), await self.line(chat, who), _shown(False), gr.skip(), gr.skip(), chat
+        line = await self.line(chat, who)
+        return (cards.exchange(chat), line, _shown(False), gr.skip(), gr.skip(), chat) if chat.number == number else _left()
 
     async def undo(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
         """Withdraw the vote."""
+        number = chat.number
         try:
             await self.client.withdraw(who, str(chat.comparison_id))
         except Problem as problem:
+            if chat.number != number:
+                gr.Warning(f"Your pick could not be taken back. {problem}")
+                return _left()
             chat.problem = f"Your pick could not be taken back. {problem}"
             return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), gr.skip(), chat
+        if chat.number != number:
+            return _left()
         chat.choice = chat.edit = chat.editing = None
         chat.phase, chat.problem, chat.saved = "choosing", "", "Your pick is taken back."
-        return cards.exchange(chat), await self.line(chat, who), _shown(False), gr.skip(), gr.skip(), chat
+        line = await self.line(chat, who)
+        return (cards.exchange(chat), line, _shown(False), gr.skip(), gr.skip(), chat) if chat.number == number else _left()
 
     async def save_edit(self, text: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """exchange, status, edit panel, edit box, key panel, chat: the edited reply is the vote now."""
@@ -192,7 +208,7 @@ class _Page:
     async def restart(self, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """thread, exchange, send, stop, edit panel, history, chat: a new conversation."""
         fresh = Chat(live_when_opened=chat.live_when_opened, number=chat.number + 1)
-        chat.phase = "stopped"
+        chat.phase, chat.number = "stopped", fresh.number  # whatever is under way for it is no longer shown
         return await self._switched(fresh, visitor_of(identity, request))
 
     async def past(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
@@ -212,6 +228,7 @@ class _Page:
         except Problem as problem:
             gr.Warning(str(problem))
             return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
+        chat.number = fresh.number
         return await self._switched(fresh, who)
 
     async def _switched(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
@@ -229,11 +246,12 @@ class _Page:
         return new_identity(identity) | {"key": (key or "").strip()}, ""
 
 
-def _take_in(chat: Chat, batch: list[Piece]) -> None:
+def _take_in(chat: Chat, batch: list[Piece]) -> str | None:
+    """Add the pieces; the conversation that they name."""
     for piece in batch:
         chat.add(piece.index, piece.text, piece.finish_reason)
         chat.comparison_id = piece.comparison_id or chat.comparison_id
-        chat.conversation_id = piece.conversation_id or chat.conversation_id
+    return next((piece.conversation_id for piece in batch if piece.conversation_id), None)
 
 
 def _open_editor(chat: Chat, index: int | None) -> tuple[Any, ...]:
@@ -260,6 +278,11 @@ def _saved(choice: Any, edit: str | None) -> str:
     if edit:
         return "Your better reply is saved."
     return {"tie": "Your tie is saved.", "none": "Saved: none of these was good."}.get(choice, "Your pick is saved.")
+
+
+def _left() -> tuple[Any, ...]:
+    """Outputs of `act` that change nothing: the page shows another exchange by now, which this is not about."""
+    return (gr.skip(),) * 6
 
 
 def _shown(visible: bool) -> Any:

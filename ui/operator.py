@@ -88,10 +88,12 @@ class _Page:
         act, version = pending
         who = visitor_of(identity, request)
         try:
-            await (self.client.promote(who, version) if act == "promote" else self.client.rollback(who))
+            if act == "rollback" and (before := (await self.client.adapters(who)).get("previous")) != version:
+                raise Problem(f"The version before the live one is {version_name(before) if before else 'none'} by now: look again.")
+            answer = await (self.client.promote(who, version) if act == "promote" else self.client.rollback(who))
         except Problem as problem:
             return None, gr.update(visible=False), cards.trouble(problem)
-        return None, gr.update(visible=False), f"Done: {version_name(version)} is live."
+        return None, gr.update(visible=False), f"Done: {version_name(answer.get('live') or version)} is live."
 
     def keep_key(self, key: str, identity: Any) -> tuple[Any, ...]:
         """identity, key box."""

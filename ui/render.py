@@ -37,6 +37,14 @@ def _allowed(url: str) -> bool:
     return bool(LINK.match(url))
 
 
+def _host(url: str) -> str:
+    """The host of `url`; all of it where that is none that a standard knows, such as one in square brackets."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return url
+
+
 class _Renderer(RendererHTML):
     """HTML for markdown-it's tokens; images and links are ours."""
 
@@ -53,9 +61,9 @@ class _Renderer(RendererHTML):
     def link_close(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         """The end of a link and, where its text does not say so, the host it leads to."""
         opening = next(i for i in range(index - 1, -1, -1) if tokens[i].type == "link_open")
-        host = urlsplit(str(tokens[opening].attrGet("href") or "")).netloc
+        host = _host(str(tokens[opening].attrGet("href") or ""))
         shown = "".join(token.content for token in tokens[opening + 1 : index])
-        return "</a>" if shown.startswith(("http://", "https://")) and urlsplit(shown).netloc == host else (
+        return "</a>" if shown.startswith(("http://", "https://")) and _host(shown) == host else (
             f'</a> <span class="link-host">({plain(host)})</span>'
         )
 
