@@ -129,7 +129,7 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
     print(f"== {taste}: {args.votes} votes, {args.noise:.0%} noise, seed {args.seed}", flush=True)
     train, held_out = prompts_from(), prompts_from(held_out=True)
     held_out = random.Random(args.seed).sample(held_out, min(args.held_out, len(held_out)))
-    flags = ["--model", args.model, "--threads", "1", "--seed", str(args.seed), "--promotion", "auto", *shlex.split(args.serve)]
+    flags = ["--model", args.model, "--threads", "1", "--seed", str(args.seed), "--promotion", "auto", "--rate-chat", "1000000/minute", *shlex.split(args.serve)]  # one client streams without a pause
     settings = [f"seed={args.seed}", *args.set]
     flags += ["--learner-args", " ".join(f"--set {s}" for s in settings)]
     data_dir = args.keep / taste if args.keep else None
