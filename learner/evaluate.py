@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from scipy.special import stdtrit
 
 from engine.engine import BASE, Engine, SamplingParams
 from engine.model import CausalModel
@@ -24,7 +23,7 @@ from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.formats import Instruction
 from learner.gate import OTHERS, load_probes, mean_interval, probe_logprobs, told_apart, win_shares
-from learner.metrics import wilson
+from learner.metrics import student, wilson
 from learner.mmlu import Subject, letter_logprobs, prompt_ids
 from learner.reward import RewardModel
 from learner.rouge import best_rouge_l
@@ -79,7 +78,7 @@ def mean_t(values: Sequence[float], reach: float | None = None) -> Estimate:
     if n < 2:
         return Estimate(mean, None, None)
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))
-    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
+    half = student(0.975, n - 1) * deviation / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
-from scipy.special import ndtr, stdtrit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,12 +24,14 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import GateConfig
+from learner.metrics import student
 from learner.packing import PackedRows
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.text_checks import broken_rate, distinct_n, refusal_rate, repetition
 
 PROBES = Path(__file__).parent / "starter" / "probe.jsonl"
+NORMAL = NormalDist()
 OTHERS = 3  # wrong answers that a probe's right one is set against
 PROBES_AT_ONCE = 32  # with all their answers, a row each
 LOOKS = (2.962, 2.094, 1.710)  # deviations from even odds that decide after a third of the prompts, two thirds, all: one error in 20 over all looks
@@ -186,7 +188,7 @@ def win_rate(candidate: Replies, live: Replies, deviations: float) -> tuple[floa
     """
     if candidate.scores is None or live.scores is None:
         return None
-    return mean_interval(preferred(candidate.scores, live.scores, candidate.group), 2 * float(ndtr(deviations)) - 1)
+    return mean_interval(preferred(candidate.scores, live.scores, candidate.group), 2 * NORMAL.cdf(deviations) - 1)
 
 
 def judge(
@@ -213,7 +215,7 @@ def judge(
         *([] if won is None else [Check(
             "win_rate", finite(won[1]), config.min_win_rate, won[1] > config.min_win_rate,
             f"held-out reward members expect {won[0]:.0%} of picks to go to it rather than to the live version; the check is on the lower "
-            f"{float(ndtr(deviations)):.1%} bound",
+            f"{NORMAL.cdf(deviations):.1%} bound",
         )]),
         Check("kl", finite(mean_kl), config.max_kl, mean_kl <= config.max_kl, "nats a reply away from the reference"),
         Check(
@@ -303,7 +305,7 @@ def mean_interval(x: Tensor, confidence: float = 0.9) -> tuple[float, float, flo
     if n < 2:
         return mean, 0.0, 1.0
     seen = torch.cat([x, x.new_tensor([1.0 - round(mean)])]) if float(x.std()) == 0 else x
-    half = float(stdtrit(len(seen) - 1, (1 + confidence) / 2)) * float(seen.std()) / math.sqrt(len(seen))
+    half = student((1 + confidence) / 2, len(seen) - 1) * float(seen.std()) / math.sqrt(len(seen))
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 

@@ -16,8 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.special import stdtrit
-
 Z95 = 1.959963984540054  # two-sided 95%
 Groups = Sequence[Sequence[int]]
 
@@ -69,6 +67,13 @@ def wilson(p: float, n: float, z: float = Z95) -> Interval:
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
+def student(p: float, freedom: float) -> float:
+    """Quantile `p` of Student's distribution with so many degrees of freedom."""
+    from scipy.special import stdtrit  # 28 MB, and half a second: only where it is asked for
+
+    return float(stdtrit(freedom, p))
+
+
 def clustered_accuracy(shares: Sequence[float], clusters: Sequence[object] | None = None, decisions: int | None = None) -> Interval:
     """Mean of per-comparison accuracies with a cluster-robust Wilson interval.
 
@@ -89,7 +94,7 @@ def clustered_accuracy(shares: Sequence[float], clusters: Sequence[object] | Non
         return wilson(p, g)
     variance = g / (g - 1) * math.fsum(r * r for r in residual.values()) / count**2
     n = p * (1 - p) / variance if variance > 0 else g
-    return wilson(p, min(n, decisions or count), float(stdtrit(g - 1, 0.975)))
+    return wilson(p, min(n, decisions or count), student(0.975, g - 1))
 
 
 def ece(probabilities: Sequence[float], weights: Sequence[float], bins: int = 10) -> float:

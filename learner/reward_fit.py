@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from engine.features import COUNTS
 from engine.model import CausalModel
-from learner.batching import chunks, pass_tokens
 from learner.config import RewardConfig
 from learner.data import RankedExample, Split
 from learner.heads import HeldOut, knows_level, linear_probe
@@ -78,17 +77,14 @@ class Fit:
             done = (number + i / len(batches)) / config.epochs
             for group, peak in zip(self.optimizer.param_groups, self.peak, strict=True):
                 group["lr"] = peak * max(0.1, 1 - done)
-            self.optimizer.zero_grad()
-            loss = 0.0
-            for part in self._passes(batch):
-                share = self._loss(part) * (len(part) / len(batch))  # of the batch's mean
-                share.backward()
-                loss += share.item()
-            if not math.isfinite(loss):
+            loss = self._loss(batch)
+            if not math.isfinite(loss.item()):
                 raise RewardDiverged("the reward model's loss is not a finite number")
+            self.optimizer.zero_grad()
+            loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            total += loss / len(batches)
+            total += loss.item() / len(batches)
         return total
 
     def _batches(self) -> list[list[int]]:
@@ -99,11 +95,6 @@ class Fit:
         order = sorted(drawn, key=lambda i: size[i] * (1 + 0.5 * noise[i]))
         batches = [order[i : i + self.reward.config.batch] for i in range(0, len(order), self.reward.config.batch)]
         return [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
-
-    def _passes(self, batch: Sequence[int]) -> list[list[int]]:
-        """The examples of a batch in passes that suit the device."""
-        tokens = [len(e.prompt_ids) + sum(map(len, e.completions_ids)) for e in (self.examples[i] for i in batch)]
-        return [[batch[i] for i in part] for part in chunks(tokens, pass_tokens(self.reward.model.device))]
 
     def _loss(self, batch: Sequence[int]) -> Tensor:
         examples = [self.examples[i] for i in batch]

@@ -101,29 +101,6 @@ def test_training_takes_the_packed_rows_and_learns_the_same(tiny_llama: Path, mo
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_batch_read_in_several_passes_makes_the_step_of_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from learner.reward_fit import Fit, base_features
-
-    examples = [
-        RankedExample(prompt, replies, ((0,), tuple(range(1, len(replies)))), "ann", str(i), str(i), str(i), str(i), i)
-        for i, (prompt, replies) in enumerate(groups(0) + groups(1))
-    ]
-    losses, weights, passes = [], [], []
-    for most in (10**6, 60):
-        monkeypatch.setattr("learner.reward_fit.pass_tokens", lambda _, most=most: most)
-        base = CausalModel.load(tiny_llama)
-        reward = RewardModel.create(base, RewardConfig(batch=3), 1)
-        fit = Fit(reward, 0, examples, base_features(reward, examples), 0.1, 0)
-        plain, seen = fit._loss, list[int]()
-        monkeypatch.setattr(fit, "_loss", lambda batch, plain=plain, seen=seen: seen.append(len(batch)) or plain(batch))
-        losses.append(fit.epoch(0))
-        passes.append(len(seen))
-        weights.append(torch.cat([p.detach().flatten() for p in fit.parameters]))
-    assert passes[0] == 2 < passes[1]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-2, atol=1e-4)
-
-
 def test_a_prompt_with_its_replies_makes_no_pass_of_any_length() -> None:
     prompts, replies = [(1,) * 400] * 8, [(2,) * 160] * 8
     found = passes(prompts, replies, range(8), 256, Shape())  # type: ignore[arg-type]
