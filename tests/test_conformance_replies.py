@@ -204,9 +204,9 @@ def test_the_reward_model_reads_the_last_valid_token_even_where_that_is_the_pad(
     for i, (prompt, completion) in enumerate(zip(case.batch.prompts, case.batch.completions, strict=True)):
         with torch.no_grad():
             states = case.oracle.base_model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
-        own, n = states[len(prompt) :], math.log(1 + len(completion))
+        own, n, k = states[len(prompt) :], math.log(1 + len(completion)), len(completion) / 64
         m = math.log(1 + sum(any(mark in case.tokenizer.hf.decode([token]) for mark in ".!?\n") for token in completion))
-        features = torch.cat([states[-1], own.mean(0), own.sum(0) / 64, torch.tensor([n, n**2, m, m**2])])
+        features = torch.cat([states[-1], own.mean(0), own.sum(0) / 64, torch.tensor([n, n**2, k, k**2, m, m**2])])
         assert scores[i].item() == pytest.approx(float(weight @ features), rel=1e-3, abs=1e-2)
 
 
