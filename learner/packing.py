@@ -9,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.model import CausalModel
 from learner.batching import chunks
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the replies to it, token ids
 WORTH = 0.9  # of the cost of separate rows, at most: a dense mask is slower than the causal one
 LONG = 4  # a prompt with its replies may make a pass so many times as long as others: cut in pieces, each would read the prompt
+
+
+class Reader(Protocol):
+    """What of `engine.model.CausalModel` says whether packing pays."""
+
+    hidden_size: int
+    packs: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class PackedRows:
         return at
 
 
-def worth_packing(groups: Sequence[Group], model: CausalModel, limit: int) -> bool:
+def worth_packing(groups: Sequence[Group], model: Reader, limit: int) -> bool:
     """Whether `model` can read replies in one row, that costs clearly less than one a reply, and every prompt fits `limit` whole with each reply.
 
     Counted: padded tokens, each with a transformer layer's 24 D^2 multiplications and additions and 4 T D of attention.
@@ -96,7 +103,7 @@ def by_prompt(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[lis
     return [list(run) for _, run in groupby(rows, lambda i: prompts[i])]
 
 
-def passes(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], rows: Sequence[int], most: int, model: CausalModel) -> list[list[int]]:
+def passes(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], rows: Sequence[int], most: int, model: Reader) -> list[list[int]]:
     """`rows` in `batching.chunks` of at most `most` padded tokens, those of one prompt together where reading it once is clearly cheaper.
 
     Rows of one prompt together may have `LONG` times `most`, one row alone any number. prompts, replies: of every row, token ids.

@@ -6,7 +6,9 @@ requests finish up to the grace period, then uvicorn stops. A second Ctrl-C (SIG
 
 from __future__ import annotations
 
+import math
 import socket
+import time
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,8 +26,11 @@ class PlauditServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain with the socket still open, then shut down as uvicorn does."""
+        began = time.monotonic()
         if not self.force_exit:
             await self.runtime.drain(lambda: self.force_exit)
+        left_s = self.runtime.settings.grace_s - (time.monotonic() - began)
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for what is not a chat; uvicorn would begin a whole grace anew
         await super().shutdown(sockets)
 
 
@@ -34,6 +39,5 @@ def make_server(app: FastAPI, settings: Settings) -> PlauditServer:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
         timeout_keep_alive=30, ws="none", server_header=False,
-        timeout_graceful_shutdown=1,  # for what is not a chat: those have had their grace
     )
     return PlauditServer(config, app.state.runtime)

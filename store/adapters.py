@@ -132,7 +132,7 @@ class AdapterRegistry:
         """The highest number that was ever used, also by a version that was moved away since; 0 before the first."""
         names = self.versions()[-1:]
         with contextlib.suppress(FileNotFoundError):
-            names.append((self.root / NEWEST).read_text("ascii"))
+            names.append((self.root / NEWEST).read_text("ascii", errors="replace"))
         return max((int(name[1:]) for name in names if VERSION.fullmatch(name)), default=0)
 
     def versions(self) -> list[str]:

@@ -95,7 +95,7 @@ def test_a_contestant_ends_with_its_parent_even_amid_a_turn(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT) as process:
         pid = int(awaited(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
         process.kill()
-    awaited(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+    assert awaited(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 def awaited(what: Callable[[], Any], seconds: float = 10.0) -> Any:

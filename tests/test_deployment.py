@@ -294,13 +294,18 @@ def test_in_canary_mode_votes_promote_or_drop_the_candidate(tiny_llama: Path, tm
         assert (running.runtime.deployment.live, running.runtime.deployment.candidate) == (live, None)
 
 
+def gone_live(running: Served, registry: AdapterRegistry, model: Path, seed: int) -> str:
+    """A version published and live."""
+    version = publish_random(registry, model, seed=seed)
+    running.until(lambda: running.runtime.deployment.live == version)
+    return version
+
+
 def test_two_looks_at_one_new_version_take_it_in_once(tiny_llama: Path, tmp_path: Path) -> None:
     """An upload looks for new versions while the poll does: else the version would be live and its own predecessor."""
     registry = AdapterRegistry(tmp_path / "adapters")
     with served(settings_for(tmp_path, tiny_llama)) as running:
-        deployment, loop = running.runtime.deployment, running.runtime.bridge._loop
-        first = publish_random(registry, tiny_llama, seed=1)
-        running.until(lambda: deployment.live == first)
+        deployment, loop, first = running.runtime.deployment, running.runtime.bridge._loop, gone_live(running, registry, tiny_llama, 1)
         second = publish_random(registry, tiny_llama, seed=2)
 
         async def both() -> None:
@@ -314,12 +319,9 @@ def test_what_votes_decided_is_not_done_to_another_version(tiny_llama: Path, tmp
     """They turned the live version down; while it waited for the lock, a newer one went live."""
     registry = AdapterRegistry(tmp_path / "adapters")
     with served(settings_for(tmp_path, tiny_llama)) as running:
-        deployment, loop = running.runtime.deployment, running.runtime.bridge._loop
-        first = publish_random(registry, tiny_llama, seed=1)
-        running.until(lambda: deployment.live == first)
+        deployment, loop, first = running.runtime.deployment, running.runtime.bridge._loop, gone_live(running, registry, tiny_llama, 1)
         judged = deployment.pair()
-        second = publish_random(registry, tiny_llama, seed=2)
-        running.until(lambda: deployment.live == second)
+        second = gone_live(running, registry, tiny_llama, 2)
         for late in (deployment.rollback("votes", judged=judged), deployment.promote(first, "votes", judged=judged)):
             asyncio.run_coroutine_threadsafe(late, loop).result(30)
             assert (deployment.live, deployment.previous) == (second, first)

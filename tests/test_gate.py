@@ -27,6 +27,7 @@ from learner.gate import (
     mean_interval,
     preferred,
     probe_answers,
+    probe_logprobs,
     reply_kl,
     run_gate,
     win_shares,
@@ -311,3 +312,10 @@ def test_damaged_probes_are_told_and_absent_ones_are_none(tmp_path: Path) -> Non
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(GateError, match="restore"):
         load_probes(tmp_path / "bad.jsonl")
+
+
+def test_known_answers_are_told_alike_where_no_rows_can_be_shared(model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = load_probes()[:6]
+    together = probe_logprobs(model, tokenizer, probes, None)
+    monkeypatch.setattr(model, "packs", False)
+    torch.testing.assert_close(probe_logprobs(model, tokenizer, probes, None), together, rtol=1e-4, atol=1e-4)

@@ -75,7 +75,7 @@ def test_they_are_packed_where_that_is_cheaper_and_nothing_would_be_cut() -> Non
     assert not worth_packing(short_prompt, wide, 512)  # little to share, and a longer row to attend over
     assert not worth_packing(long_prompt, wide, 127)  # the prompt would have to be cut
     assert not worth_packing([((1,) * 64, ((2,) * 64,))], wide, 512)  # one reply
-    assert not worth_packing(long_prompt, Shape(packs=False), 512)  # type: ignore[arg-type]  # a model that tells places by columns
+    assert not worth_packing(long_prompt, Shape(packs=False), 512)  # a model that tells places by columns
     uneven = [*long_prompt, ((1,) * 4, ((2,) * 2,) * 4)]
     assert worth_packing(uneven, wide, 512) == (2 * 320 * (1536 + 320) <= 0.9 * 8 * 128 * (1536 + 128))
 
@@ -103,7 +103,7 @@ def test_training_takes_the_packed_rows_and_learns_the_same(tiny_llama: Path, mo
 
 def test_a_prompt_with_its_replies_makes_no_pass_of_any_length() -> None:
     prompts, replies = [(1,) * 400] * 8, [(2,) * 160] * 8
-    found = passes(prompts, replies, range(8), 256, Shape())  # type: ignore[arg-type]
+    found = passes(prompts, replies, range(8), 256, Shape())
     assert sorted(found) == [[0, 1, 2], [3, 4, 5], [6, 7]] and LONG * 256 == 1024  # of 880 tokens at most
-    assert sorted(passes(prompts, replies, range(3), 64, Shape())) == [[0], [1], [2]]  # type: ignore[arg-type]
-    assert sorted(passes(prompts, replies, range(3), 256, Shape(packs=False))) == [[0], [1], [2]]  # type: ignore[arg-type]
+    assert sorted(passes(prompts, replies, range(3), 64, Shape())) == [[0], [1], [2]]
+    assert sorted(passes(prompts, replies, range(3), 256, Shape(packs=False))) == [[0], [1], [2]]

@@ -160,6 +160,18 @@ def test_what_was_gone_back_to_is_learned_from_even_if_it_measures_over_the_ceil
     assert "over the ceiling" in result.stopped and result.kept_update == 4
 
 
+def test_the_base_over_the_ceiling_of_a_named_reference_is_left_for_it_too(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    model.lora.create("named", r=4, seed=0)
+    with torch.no_grad():
+        for p in model.lora.parameters("named").values():
+            p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    config = replace(SMALL, updates=1, kl_target=0.25, kl_ceiling=2.0)
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config, reference="named")
+    assert result.history[0]["kl"] == pytest.approx(0.0, abs=1e-4) and "over the ceiling of 0.5" in str(result.note)
+    for name in ("p", "named"):
+        model.lora.delete(name)
+
+
 def test_a_start_over_the_ceiling_is_left_for_the_reference(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     model.lora.create("far", r=4, seed=0)
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_a_number_is_not_used_again_when_its_version_was_moved_away(tmp_path: Pa
     registry.path(two).rename(tmp_path / "damaged")
     assert registry.publish(adapter(), {}).version == "v000003"
     assert registry.versions() == [one, "v000003"]
-    (tmp_path / "adapters" / ".newest").write_text("nonsense")  # then the directories alone say
+    (tmp_path / "adapters" / ".newest").write_bytes(b"\xff nonsense")  # then the directories alone say
     assert registry.publish(adapter(), {}).version == "v000004"
 
 

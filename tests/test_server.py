@@ -373,6 +373,27 @@ def test_wrong_keys_from_one_address_keep_nobody_with_a_good_one_out(tiny_llama:
             assert c.get("/v1/status", headers={"Authorization": f"Bearer {good}"}).status_code == 200
 
 
+def test_what_is_no_chat_has_the_grace_too_and_no_more(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, grace_s=4.0)) as running, running.client() as c, ThreadPoolExecutor(2) as others:
+
+        async def slow(seconds: float) -> dict[str, float]:
+            begun.append(seconds)
+            await asyncio.sleep(seconds)
+            return {"slept": seconds}
+
+        begun: list[float] = []
+        running.app.router.add_api_route("/slow/{seconds}", slow)
+        soon, late = (others.submit(c.get, f"/slow/{seconds}") for seconds in (2.0, 60.0))
+        running.until(lambda: len(begun) == 2)
+        began = time.monotonic()
+        running.server.should_exit = True
+        assert soon.result(30).json() == {"slept": 2.0}
+        running.thread.join(timeout=30)
+        assert not running.thread.is_alive() and time.monotonic() - began < 12.0
+        with contextlib.suppress(httpx.HTTPError):
+            late.result(30)
+
+
 def test_a_second_signal_ends_the_wait_for_running_replies(tiny_llama: Path, tmp_path: Path) -> None:
     with served(settings_for(tmp_path, tiny_llama, grace_s=60.0)) as running, running.client() as c:
         running.slow(0.1)

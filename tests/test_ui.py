@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from typing import Any, cast
 
 import gradio as gr
 import httpx
@@ -254,8 +255,8 @@ def test_a_vote_that_takes_long_does_not_bring_back_a_conversation_that_was_left
         await said(page, chat, "Hi")
         vote = asyncio.create_task(page.cast(chat, WHO, 1, None))
         await asyncio.sleep(0.05)
-        request = SimpleNamespace(headers={})
-        fresh = (await page.restart(chat, {}, request))[-1]  # type: ignore[arg-type]
+        request: Any = SimpleNamespace(headers={})
+        fresh = (await page.restart(chat, {}, request))[-1]
         assert await vote == (gr.skip(),) * 6 and fresh.phase == "empty"
 
     asyncio.run(run())
@@ -264,11 +265,11 @@ def test_a_vote_that_takes_long_does_not_bring_back_a_conversation_that_was_left
 def test_going_back_is_refused_where_the_version_before_is_another_by_now() -> None:
     async def run() -> None:
         fake = Fake()
-        page, request = operator._Page(client_of(fake.app())), SimpleNamespace(headers={})
+        page, request = operator._Page(client_of(fake.app())), cast(Any, SimpleNamespace(headers={}))
         fake.adapters = {"live": "v000003", "previous": "v000002", "data": []}
-        said = (await page.confirmed(("rollback", "v000001"), {}, request))[-1]  # type: ignore[arg-type]
+        said = (await page.confirmed(("rollback", "v000001"), {}, request))[-1]
         assert "look again" in said and "v000002" in said and fake.steered == []
-        assert "v000002 is live" in (await page.confirmed(("rollback", "v000002"), {}, request))[-1]  # type: ignore[arg-type]
+        assert "v000002 is live" in (await page.confirmed(("rollback", "v000002"), {}, request))[-1]
         assert fake.steered == ["rollback"]
 
     asyncio.run(run())
