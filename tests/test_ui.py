@@ -262,6 +262,17 @@ def test_a_vote_that_takes_long_does_not_bring_back_a_conversation_that_was_left
     asyncio.run(run())
 
 
+def test_a_page_that_is_slow_to_open_leaves_what_was_begun_meanwhile() -> None:
+    async def run() -> None:
+        page, chat = _Page(client_of(Fake().app())), Chat()
+        await said(page, chat, "Hi")
+        shown = await page.opened(None, chat, cast(Any, SimpleNamespace(headers={})))
+        assert len(shown) == 5 and not any(isinstance(part, Chat) for part in shown)
+        assert (chat.phase, chat.comparison_id, chat.live_when_opened) == ("choosing", "cmp-1", "v000001")
+
+    asyncio.run(run())
+
+
 def test_going_back_is_refused_where_the_version_before_is_another_by_now() -> None:
     async def run() -> None:
         fake = Fake()

@@ -40,18 +40,18 @@ class _Page:
     def __init__(self, client: ApiClient) -> None:
         self.client = client
 
-    async def opened(self, identity: Any, request: gr.Request) -> tuple[Any, ...]:
-        """identity, masthead, history, status, key panel, chat: what a fresh page shows."""
+    async def opened(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
+        """identity, masthead, history, status, key panel: what a fresh page shows. The chat stays: somebody may have begun one already."""
         identity = new_identity(identity)
-        who, chat = visitor_of(identity, request), Chat()
+        who = visitor_of(identity, request)
         try:
             status = await self.client.status(who)
         except Problem as problem:
-            return identity, cards.masthead("chat"), cards.past([], None), cards.status(cards.trouble(problem)), _shown(problem.needs_key), chat
+            return identity, cards.masthead("chat"), cards.past([], None), cards.status(cards.trouble(problem)), _shown(problem.needs_key)
         chat.live_when_opened = status.get("live")
         return (
             identity, cards.masthead("chat", status.get("live")), await self.listed(who, chat),
-            cards.status(status_line(status)), _shown(False), chat,
+            cards.status(status_line(status)), _shown(False),
         )
 
     async def listed(self, who: Visitor, chat: Chat) -> str:
@@ -328,11 +328,11 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
             status = gr.HTML(cards.status(""), elem_id="status", js_on_load=None, apply_default_css=False)
         timer = gr.Timer(POLL_S)
 
-        opened = [identity, masthead, history, status, key_panel, chat]
+        opened = [identity, masthead, history, status, key_panel]
         talk = [box, thread, exchange, send, stop, editor, key_panel, chat]
         acted = [exchange, status, editor, draft, key_panel, chat]
         switched = [thread, exchange, send, stop, editor, history, chat]
-        page.load(on.opened, [identity], opened, **HIDDEN)
+        page.load(on.opened, [identity, chat], opened, **HIDDEN)
         timer.tick(on.tick, [identity, chat], [masthead, status], **HIDDEN)
         streams = [
             box.submit(on.typed, [box, replies, chat, identity], talk, **HIDDEN),
@@ -350,6 +350,6 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         fresh.click(on.restart, [chat, identity], switched, cancels=streams, **HIDDEN)
         history.act(on.past, [chat, identity], switched, cancels=streams, **HIDDEN)
         for trigger in (keep.click, key.submit):
-            trigger(on.keep_key, [key, identity], [identity, key], **HIDDEN).then(on.opened, [identity], opened, **HIDDEN)
+            trigger(on.keep_key, [key, identity], [identity, key], **HIDDEN).then(on.opened, [identity, chat], opened, **HIDDEN)
     page.queue(default_concurrency_limit=None, api_open=False)
     return page
