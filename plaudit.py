@@ -252,8 +252,9 @@ def sft(
 ) -> None:
     """Finetune a LoRA adapter on instruction data and publish it as a candidate version. Prints JSON last.
 
-    FILE is .jsonl or .json, also .gz; only what the assistant says is learned. Works beside a running server, which takes
-    the version in; `plaudit adapters promote` makes it live, and from then on PPO measures KL against it.
+    FILE is .jsonl or .json, also .gz; only what the assistant says is learned (Alpaca's rows without a reply are left out).
+    Works beside a running server, which takes the version in; `plaudit adapters promote` makes it live, and from then on PPO
+    measures KL against it.
     """
     import dataclasses
 
@@ -317,7 +318,7 @@ def evaluate(
         from learner import evaluate as asking
         from learner.formats import read_instructions
         from learner.mmlu import read_mmlu
-        from learner.prompts import prompts_from
+        from learner.prompts import conversations_from
         from learner.reward_eval import evaluate_reward, learned_prompts, load_reward, saved_round
         from learner.versions import load_version, named_version, open_model
         from store import AdapterRegistry, RoundFiles, read_preferences
@@ -330,7 +331,7 @@ def evaluate(
         subjects = read_mmlu(mmlu, shots) if mmlu else None
         tasks = [(file.name, read_instructions(file, shots=task_shots)) for file in task or ()]
         pairs = read_preferences(preferences) if preferences else None
-        said = [[{"role": "user", "content": text}] for text in prompts_from(prompts, held_out=True)] if win_rate else []
+        said = [list(prompt) for prompt in conversations_from(prompts, held_out=True)] if win_rate else []
         rounds = RoundFiles(where / "rounds")
         judge = saved_round(rounds, round_number) if win_rate or pairs else None
         if win_rate and len(names) < 2:
@@ -515,7 +516,7 @@ def ask_for_pick(n: int) -> int | None:
             return None
         if not answer:
             return None
-        if answer.isdigit() and int(answer) <= n:
+        if answer.isdecimal() and int(answer) <= n:
             return int(answer) - 1
 
 
@@ -565,14 +566,14 @@ def simulate(
     """Voters with a known taste chat with a running server and pick their favourites. Prints JSON last."""
     import dataclasses
 
-    from learner.prompts import PromptsError, prompts_from
+    from learner.prompts import PromptsError, conversations_from
     from learner.simulate import SimulateError
     from learner.simulate import simulate as run
 
     with plain_errors(), progress_bar(f"{taste}: votes") as progress:
         try:
             report = run(
-                url, prompts_from(prompts), taste,
+                url, conversations_from(prompts), taste,
                 votes=votes, noise=noise, voters=voters, random_voters=random_voters, n=n, seed=seed, key=key, progress=progress,
             )
         except (SimulateError, PromptsError) as error:

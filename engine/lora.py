@@ -225,7 +225,7 @@ class LoraBank:
             scaling = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
             targets = config["target_modules"]
             targets = [targets] if isinstance(targets, str) else [str(target) for target in targets]
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise AdapterError(
                 f"{path / CONFIG} lacks a usable r, lora_alpha or target_modules ({error!r})"
             ) from error

@@ -106,5 +106,6 @@ def nucleus(probs: Tensor, top_ps: Tensor) -> Tensor:
             break
         count = min(8 * count, probs.shape[-1])
     inside = (total - top) < top_ps[rows, None]  # what was gathered before this token had not reached top_p
+    inside[:, 0] = True  # a top_p too small for float32 is 0
     kept[rows] = torch.zeros_like(probs[rows]).scatter_(-1, index, top * inside)
     return kept

@@ -17,7 +17,7 @@ class QueueFull(Exception):
 
 
 class Scheduler:
-    """First come, first served, up to `max_sequences` at once and `max_queue` waiting."""
+    """First come, first served, up to `max_sequences` at once and `max_queue` waiting for them to end."""
 
     def __init__(self, max_sequences: int, max_queue: int) -> None:
         self.max_sequences, self.max_queue = max_sequences, max_queue
@@ -42,8 +42,9 @@ class Scheduler:
         return {s.version for s in self.running} | ({self.reading.version} if self.reading else set())
 
     def check_room(self, count: int) -> None:
-        """Raises QueueFull when the queue has no room for `count` more sequences."""
-        if self.queued + count > self.max_queue:
+        """Raises QueueFull when more would wait than the queue holds; what finds a free row does not wait."""
+        free = self.max_sequences - len(self.running)
+        if max(0, self.queued + count - free) > self.max_queue:
             raise QueueFull(
                 f"{self.queued} replies are waiting and the queue holds {self.max_queue}: try again shortly"
             )

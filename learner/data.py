@@ -28,12 +28,12 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True)
 class RankedExample:
-    """One vote: a prompt, the K completions shown, and what the voter said of them.
+    """One vote: a prompt, the K different completions shown, and what the voter said of them.
 
     prompt_ids: the rendered conversation, generation prompt included. completions_ids: K replies as sampled (with
-    their end token where they had one) and, where the voter wrote a better one, that as one more at the end. groups:
-    the ranking of the shown ones, best first, ties grouped, indices into completions_ids, of replies that read the same
-    only the best; () when it ranks nothing.
+    their end token where they had one), of those that read the same the first, and, where the voter wrote a better one, that
+    as one more at the end. groups: the ranking of the shown ones, best first, ties grouped, indices into completions_ids; ()
+    when it ranks nothing.
     """
 
     prompt_ids: tuple[int, ...]
@@ -67,7 +67,7 @@ class RankedExample:
 
     @property
     def shown(self) -> int:
-        """K, the number of replies that were shown."""
+        """K, the number of different replies that were shown."""
         return len(self.completions_ids) - bool(self.edit_beats)
 
     @property
@@ -105,10 +105,12 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
     examples = []
     for item in sorted(voted, key=lambda item: item.vote.seq):
         comparison, vote = item.comparison, item.vote
-        replies = by_index(comparison.completions)
-        texts = [c.text.strip() for c in replies]
-        groups = distinct(vote.groups, texts)
-        shown = tuple(texts.index(text) for text in dict.fromkeys(texts))
+        first: dict[str, Any] = {}  # of the replies that read the same
+        for c in by_index(comparison.completions):
+            first.setdefault(c.text.strip(), c)
+        texts = list(first)
+        groups = distinct(vote.groups, [texts.index(c.text.strip()) for c in by_index(comparison.completions)])
+        shown = tuple(range(len(texts)))
         strict = bool(strict_pairs(groups))
         own = vote.edit if vote.edit and vote.edit.strip() not in texts else None
         refused = shown if vote.kind == "none" else ()
@@ -119,7 +121,7 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
             prompt = tokenizer.render(messages)
         except ValueError:
             continue
-        ids = [completion_ids(c, tokenizer) for c in replies]
+        ids = [completion_ids(c, tokenizer) for c in first.values()]
         examples.append(
             RankedExample(
                 prompt_ids=tuple(prompt),
@@ -141,14 +143,14 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
     return examples
 
 
-def distinct(groups: Iterable[Iterable[int]], texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """A ranking, best first, with each text once, where it ranks best; `texts` are what the indices in `groups` stand for."""
-    seen: set[str] = set()
+def distinct(groups: Iterable[Iterable[int]], stands_for: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """A ranking, best first, of what the indices in `groups` stand for: each once, where it ranks best."""
+    seen: set[int] = set()
     out = []
     for group in groups:
-        first = {texts[i]: int(i) for i in reversed([*group]) if texts[i] not in seen}
-        seen |= first.keys()
-        out.append(tuple(sorted(first.values())))
+        new = {stands_for[i] for i in group} - seen
+        seen |= new
+        out.append(tuple(sorted(new)))
     return tuple(group for group in out if group)
 
 

@@ -62,14 +62,14 @@ class Finetuned:
     """One run. Losses in nats a token on chats that were not trained on; None where there were too few to hold out."""
 
     steps: int
-    passes: int  # done; `kept` of them are in the adapter, 0: none lowered the held-out loss
+    passes: int  # begun; `kept` of them are in the adapter, 0: none lowered the held-out loss
     kept: int
     tokens: int  # trained on, without padding
     seconds: float
     train_loss: float
     loss_before: float | None
     loss_after: float | None
-    curve: list[float]  # held-out loss after 0, 1, ... passes
+    curve: list[float]  # held-out loss after 0, 1, ... passes, and where the run ended within one
     chats: int
     held_out: int
     stopped: str | None  # why it ended before the last pass
@@ -139,8 +139,8 @@ def finetune(
 ) -> Finetuned:
     """Train adapter `adapter`, from a copy of `start` or from the bare base, and leave the best pass in it.
 
-    The best pass has the lowest held-out loss, the start included; without held-out chats it is the last. Raises SFTError
-    when there is nothing to train on or a loss is not finite.
+    The best pass has the lowest held-out loss, the start and what there was when the time was up included; without held-out
+    chats it is the last. Raises SFTError when there is nothing to train on or a loss is not finite.
     """
     usable = [e for e in training if any(e.loss[1:])]
     if not usable:
@@ -156,8 +156,18 @@ def finetune(
     last: dict[str, Any] = {"step": 0}
     losses: list[float] = []
 
-    def after_step(row: dict[str, Any]) -> None:
+    def look(passes: int) -> bool:
+        """Measure the adapter after so many passes, the last perhaps not whole; whether it is the best so far."""
         nonlocal best
+        if held_out:
+            curve.append(mean_loss(module, held_out, model.pad_id))
+            if not math.isfinite(curve[-1]):
+                raise SFTError("the held-out loss is not a finite number: lower sft.lr")
+        if better := not held_out or curve[-1] < min(curve[:-1]):
+            best = Kept(passes, [p.detach().clone() for p in module.weights])
+        return better
+
+    def after_step(row: dict[str, Any]) -> None:
         last.update(row)
         losses.append(row["loss"])
         if not math.isfinite(row["loss"]):
@@ -165,15 +175,8 @@ def finetune(
         done, rest = divmod(row["step"], per_pass)
         if progress is not None:
             progress(row["progress"], f"pass {min(done + 1, config.passes)} of {config.passes}")
-        if not rest:
-            if held_out:
-                curve.append(mean_loss(module, held_out, model.pad_id))
-                if not math.isfinite(curve[-1]):
-                    raise SFTError("the held-out loss is not a finite number: lower sft.lr")
-            if not held_out or curve[-1] < min(curve[:-1]):
-                best = Kept(done, [p.detach().clone() for p in module.weights])
-            elif done - best.passes >= config.patience:
-                raise Enough(f"no lower held-out loss in {config.patience} passes")
+        if not rest and not look(done) and done - best.passes >= config.patience:
+            raise Enough(f"no lower held-out loss in {config.patience} passes")
         if time.monotonic() - began > config.max_seconds:
             raise Enough("the time is up")
         if row["step"] == config.max_steps:
@@ -189,12 +192,14 @@ def finetune(
     except Enough as reason:
         stopped = str(reason)
     steps = int(last["step"])
-    if held_out or best.passes:  # without held-out chats and before the first pass ended, what there is is the best
-        with torch.no_grad():
-            for weight, kept in zip(module.weights, best.weights, strict=True):
-                weight.copy_(kept)
+    passes = math.ceil(steps / per_pass)
+    if steps % per_pass:  # ended within a pass, which counts
+        look(passes)
+    with torch.no_grad():
+        for weight, kept in zip(module.weights, best.weights, strict=True):
+            weight.copy_(kept)
     return Finetuned(
-        steps=steps, passes=steps // per_pass, kept=best.passes if held_out else max(1, best.passes), tokens=round(steps / per_pass * sum(len(e.ids) for e in usable)),
+        steps=steps, passes=passes, kept=best.passes, tokens=round(steps / per_pass * sum(len(e.ids) for e in usable)),
         seconds=round(time.monotonic() - began, 2), train_loss=sum(losses[-per_pass:]) / len(losses[-per_pass:]),
         loss_before=curve[0] if curve else None, loss_after=min(curve) if curve else None, curve=[round(x, 4) for x in curve],
         chats=len(usable), held_out=len(held_out), stopped=stopped,

@@ -36,7 +36,8 @@ def read_instructions(file: str | Path, *, shots: int = 0) -> list[Instruction]:
     """Every instruction of a file, in its order; layouts may differ from row to row.
 
     shots: how many positive examples of a Super-NaturalInstructions task to show, as far as it has them. Raises BadImport
-    naming file and line (or item, or instance); the message quotes nothing of the file.
+    naming file and line (or item, or instance); the message quotes nothing of the file. Rows of Alpaca's layout without a reply,
+    as its own file has some, are left out.
     """
     found = [instruction for row in read_rows(file) for instruction in instructions(row, shots)]
     if not found:
@@ -52,7 +53,7 @@ def instructions(row: Row, shots: int = 0) -> list[Instruction]:
     if "Instances" in fields:
         return from_task(fields, where, shots)
     if "instruction" in fields:
-        return [from_alpaca(fields, where)]
+        return from_alpaca(fields, where)
     if "prompt" in fields and ("references" in fields or "completion" in fields):
         prompt = messages(fields["prompt"], "user", where, "prompt")
         name = "references" if "references" in fields else "completion"
@@ -69,12 +70,14 @@ def from_chat(value: Any, where: str) -> Instruction:
     return made(chat[:last], (chat[last]["content"],), where)
 
 
-def from_alpaca(fields: dict[str, Any], where: str) -> Instruction:
-    """`instruction`, `input` (may be empty or absent), `output`."""
+def from_alpaca(fields: dict[str, Any], where: str) -> list[Instruction]:
+    """`instruction`, `input` (may be empty or absent), `output`; none where that is empty: nothing can be learned from it."""
     parts = [fields.get(name, "") for name in ("instruction", "input")]
     if not all(isinstance(part, str) for part in parts) or not isinstance(fields.get("output"), str):
         raise BadImport(f"{where}: instruction, input and output must be strings, and output must be there")
-    return made(user("\n\n".join(part for part in parts if part.strip())), (fields["output"],), where)
+    if not fields["output"].strip():
+        return []
+    return [made(user("\n\n".join(part for part in parts if part.strip())), (fields["output"],), where)]
 
 
 def from_task(fields: dict[str, Any], where: str, shots: int = 0) -> list[Instruction]:

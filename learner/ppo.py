@@ -40,6 +40,7 @@ from learner.text_checks import broken_rate, distinct_n, faults
 from learner.value import VALUE, FittedValue, TrainedValue
 
 UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
+RATIO_LIMIT = 10.0  # mean probability ratio of a minibatch over which the run is dropped, as in TRL (`ratio_threshold`)
 FINAL = 2  # replies to each of them, by which the best of a run's last few states is told
 
 
@@ -357,7 +358,7 @@ def learn(
 ) -> dict[str, float]:  # fmt: skip
     """Epochs of minibatches over one rollout batch; each is gone through in chunks of like length, one step a minibatch.
 
-    old, advantages, old_values, returns: (B, R). Returns the mean figures. Raises PPOError when one is not finite.
+    old, advantages, old_values, returns: (B, R). Returns the mean figures. Raises PPOError when one is not finite, or the ratio explodes.
     """
     totals: dict[str, float] = {}
     steps = 0
@@ -393,6 +394,8 @@ def learn(
             figures["grad_norm"] = float(norm)
             if bad := [name for name, figure in figures.items() if not math.isfinite(figure)]:
                 raise PPOError(f"{bad[0]} is not a finite number: the run is dropped before it can change the policy")
+            if figures["ratio"] > RATIO_LIMIT:
+                raise PPOError(f"what was sampled has become {figures['ratio']:.0f} times as likely within one batch: the run is dropped; lower ppo.lr")
             optimizer.step()
             steps += 1
             for name, total in figures.items():

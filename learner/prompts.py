@@ -9,26 +9,40 @@ import gzip
 import json
 from pathlib import Path
 
+from store.errors import BadImport
+from store.records import Message
+from store.rows import messages
+
 HERE = Path(__file__).parent / "starter"
 POOL = HERE / "prompts_pool.txt"  # what rounds practise on beside people's own
+Conversation = tuple[Message, ...]  # so far: the user's turn is last
 
 
 class PromptsError(ValueError):
     """The file cannot be used; the message says why and quotes nothing of it."""
 
 
-def prompts_from(path: Path | None = None, *, held_out: bool = False) -> list[str]:
-    """Prompts from a text file (one a line), JSONL or JSONL.gz (`prompt`: string or conversation); default the starter's."""
+def conversations_from(path: Path | None = None, *, held_out: bool = False) -> list[Conversation]:
+    """Prompts from a text file (one a line), JSONL or JSONL.gz (`prompt`: string or conversation); default the starter's. Raises PromptsError."""
     path = path or HERE / ("prompts_heldout.txt" if held_out else "prompts_train.txt")
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             lines = [line.strip() for line in file if line.strip()]
-        if ".jsonl" in path.name:
-            lines = [p if isinstance(p, str) else p[-1]["content"] for p in (json.loads(line)["prompt"] for line in lines)]
+        prompts = [json.loads(line)["prompt"] for line in lines] if ".jsonl" in path.name else lines
+        found = [messages(prompt, "user", f"line {n}", "prompt") for n, prompt in enumerate(prompts, 1)]
     except FileNotFoundError:
         raise PromptsError(f"there is no file {path}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except BadImport as wrong:
+        raise PromptsError(f"{path.name}, {wrong}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise PromptsError(f"{path.name} is not a prompt a line, nor JSONL with a prompt ({type(error).__name__})") from None
-    if not lines:
+    if not found:
         raise PromptsError(f"{path} has no prompts")
-    return lines
+    if line := next((n for n, prompt in enumerate(found, 1) if not prompt or prompt[-1]["role"] != "user"), None):
+        raise PromptsError(f"{path.name}, line {line}: a prompt ends with a turn of the user's")
+    return found
+
+
+def prompts_from(path: Path | None = None, *, held_out: bool = False) -> list[str]:
+    """The same for who asks one thing at a time: the last message of each."""
+    return [conversation[-1]["content"] for conversation in conversations_from(path, held_out=held_out)]

@@ -58,11 +58,10 @@ def load_reward(model: CausalModel, files: RoundFiles, n: int) -> tuple[RewardMo
 
 
 def learned_prompts(data_dir: Path, record: dict[str, Any]) -> set[str] | None:
-    """Keys of the prompts whose votes the round learned from; None where there is no database to tell."""
-    used = set(record.get("vote_ids") or ())
+    """Keys of the prompts whose votes the round learned from, replaced or withdrawn since or not; None where there is no database to tell."""
     try:
         with Store.open(data_dir, read_only=True) as store:
-            return {prompt_key(item.comparison.messages) for item in store.voted_comparisons() if str(item.vote.id) in used}
+            return {prompt_key(comparison.messages) for comparison in store.voted_on(record.get("vote_ids") or ())}
     except NoDatabase:
         return None
 

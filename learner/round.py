@@ -43,7 +43,7 @@ from learner.heads import learning_curve
 from learner.kl_control import kl_warranted
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
-from learner.prompts import POOL, PromptsError, prompts_from
+from learner.prompts import POOL, PromptsError, conversations_from
 from learner.reliability import voters_report
 from learner.reward import RewardDiverged, RewardModel
 from learner.reward_fit import Known, cross_validate, fit_members
@@ -60,6 +60,7 @@ DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
 LOST = {"win_rate", "finite"}  # checks that a smaller step in the same direction would not pass either
+FAILURES = (RewardDiverged, SFTError, PPOError, GateError, PromptsError, AdapterError, CorruptAdapter, NotFound)  # of a round, their message being the reason
 Report = Callable[[str, float, str], None]
 Learn = Callable[["Learner", dict[str, Any], Sequence[Any], Path, Report], None]
 
@@ -129,7 +130,7 @@ class Learner:
             record["state"] = "rejected" if record["gate"]["verdict"] == "rejected" else "published"
         except RoundStopped as stop:
             record["state"], record["reason"] = stop.state, str(stop)
-        except (RewardDiverged, SFTError, PPOError, GateError, PromptsError, AdapterError, CorruptAdapter, NotFound) as error:
+        except FAILURES as error:
             record["reason"] = first_line(error)
         except Exception as error:  # a learner failure is a record, and never an endless restart
             traceback.print_exc()
@@ -330,13 +331,15 @@ def train_reward(
 
 def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerConfig, seed: int) -> Prompts:
     """People's own prompts, a share of them held out for the gate; the operator's pool, or else the bundled one, makes up
-    the numbers on both sides. Raises PromptsError.
+    the numbers on both sides. A pool that an operator gave is half of the practice at least. Raises PromptsError.
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
-    versions apart by; the bundled ones are plain things to say to an assistant.
+    versions apart by; the bundled ones are plain things to say to an assistant. Which side a prompt is on does not depend on the
+    round (`held_out_side`): a version is never judged on what those it comes from practised.
     """
     rng = random.Random(f"prompts/{seed}")
     own: dict[str, tuple[int, ...]] = {}
+    root: dict[str, str] = {}  # of each, its conversation's first turn
     for item in voted:
         messages = [{"role": m["role"], "content": m["content"]} for m in item.comparison.messages]
         key = prompt_key(messages)
@@ -345,19 +348,35 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
                 own[key] = tuple(tokenizer.render(messages))
             except ValueError:
                 continue
+            first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+            root[key] = prompt_key(messages[: first + 1])
     keys = sorted(own)
     rng.shuffle(keys)
-    held = round(config.held_out_prompts * len(keys))
-    practice, held_out = [own[k] for k in keys[held:]], [own[k] for k in keys[:held]]
-    lines = prompts_from(Path(config.pool) if config.pool else POOL)
-    pool = [tuple(tokenizer.render([{"role": "user", "content": line}])) for line in lines]
-    pool = sorted(set(pool) - set(own.values()))
-    rng.shuffle(pool)
-    while len(practice) < config.practice_prompts and pool:
-        practice.append(pool.pop())
-    while len(held_out) < config.gate.prompts and pool:
-        held_out.append(pool.pop())
+    held = {key for key in keys if held_out_side(root[key], config.held_out_prompts, config.seed)}
+    practice, held_out = [own[k] for k in keys if k not in held], [own[k] for k in keys if k in held]
+
+    half = config.gate.prompts / (config.gate.prompts + config.practice_prompts)
+    conversations = conversations_from(Path(config.pool) if config.pool else POOL)
+    known = set(own.values())
+    pool = {prompt_key(said): ids for said in conversations if (ids := tuple(tokenizer.render(list(said)))) not in known}
+    keys = sorted(pool)
+    rng.shuffle(keys)
+    wanted = max(config.practice_prompts, 2 * len(practice) if config.pool else 0)
+    for key in keys:
+        if held_out_side(key, half, config.seed):
+            if len(held_out) < config.gate.prompts:
+                held_out.append(pool[key])
+        elif len(practice) < wanted:
+            practice.append(pool[key])
+    if not practice or not held_out:
+        raise PromptsError(f"{len(own) + len(pool)} prompts are too few to practise on some and be judged on others: give a longer pool")
     return Prompts(tuple(practice), tuple(held_out))
+
+
+def held_out_side(key: str, share: float, seed: int) -> bool:
+    """Whether the prompt with this key is among the `share` that is kept for judging; the same in every round of a learner."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple[int, str]]:
@@ -399,7 +418,10 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     from store.store import Store
 
     files, registry = RoundFiles(data_dir / "rounds"), AdapterRegistry(data_dir / "adapters")
-    old = files.read(n)
+    try:
+        old = files.read(n)
+    except ValueError as damaged:
+        raise RoundStopped("failed", f"round {n} cannot be replayed: its record is damaged") from damaged
     if "config" not in old:
         raise RoundStopped("failed", f"round {n} cannot be replayed: it was cut short before it had a record of its settings")
     config = LearnerConfig.from_dict(old["config"])
@@ -425,6 +447,8 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
             digest = hashlib.sha256((Path(scratch) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
         except RoundStopped as stop:
             state = stop.state
+        except FAILURES:
+            state = "failed"
     published = registry.manifest(old["version"]).files["adapter_model.safetensors"] if old["version"] else None
     prompts = old.get("prompts_digest") in (None, record.get("prompts_digest"))
     same = record["data_digest"] == old["data_digest"] and prompts and digest == published and state in (None, old["state"])

@@ -16,8 +16,10 @@ from typing import Any, Self
 import httpx
 import stamina
 
+from learner.prompts import Conversation
 from learner.tastes import Taste, UnknownTaste, favourite, taste_named, win_rate
 
+Prompt = str | Conversation  # one thing to say, or a conversation that ends with it
 RETRIES = 12
 MAX_N = 8  # choices that one call may ask for (the HTTP contract)
 
@@ -90,19 +92,20 @@ class Client:
         """Whether to wait and call again after `error`."""
         return isinstance(error, Busy) or (self.answered and isinstance(error, httpx.TransportError))
 
-    def sample(self, prompt: str, n: int, seed: int, *, model: str = "plaudit", voter: str | None = None, max_tokens: int | None = None) -> Any:
+    def sample(self, prompt: Prompt, n: int, seed: int, *, model: str = "plaudit", voter: str | None = None, max_tokens: int | None = None) -> Any:
         """One comparison: the chat completion as the server answers it."""
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "n": n, "seed": seed, "temperature": 1.0}
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        body = {"model": model, "messages": messages, "n": n, "seed": seed, "temperature": 1.0}
         return self.call("POST", "/v1/chat/completions", body | ({"max_tokens": max_tokens} if max_tokens else {}), voter)
 
-    def texts(self, prompt: str, n: int, seed: int, **options: Any) -> list[str]:
+    def texts(self, prompt: Prompt, n: int, seed: int, **options: Any) -> list[str]:
         """The texts of `n` replies, in order, in as many calls as the server's limit of choices asks for."""
         calls = [self.sample(prompt, min(MAX_N, n - i), seed + 500_009 * i, **options) for i in range(0, n, MAX_N)]
         return [choice["message"]["content"] for call in calls for choice in call["choices"]]
 
 
 def simulate(
-    url: str, prompts: Sequence[str], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, random_voters: float = 0.0,
+    url: str, prompts: Sequence[Prompt], taste: str, *, votes: int = 60, noise: float = 0.1, voters: int = 4, random_voters: float = 0.0,
     n: int = 4, seed: int = 0, key: str | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Cast `votes` votes of one taste, the voters taking turns on prompts drawn without replacement until all were used.
@@ -118,7 +121,7 @@ def simulate(
     shown: Counter[str] = Counter()
     total: defaultdict[str, float] = defaultdict(float)
     ties = 0
-    deck: list[str] = []
+    deck: list[Prompt] = []
     with Client(url, key) as client:
         for done in range(1, votes + 1):
             deck = deck or draw.sample(list(prompts), len(prompts))
@@ -155,7 +158,7 @@ class Standing:
 
 
 def standing(
-    client: Client, taste: str, prompts: Sequence[str], version: str, *, against: str = "plaudit@base",
+    client: Client, taste: str, prompts: Sequence[Prompt], version: str, *, against: str = "plaudit@base",
     samples: int = 2, best_of: int = 8, seed: int = 0, progress: Callable[[int, int], None] | None = None,
 ) -> Standing:
     """Sample `version` and `against` on every prompt and let the taste judge. Both win rates are against the same replies.

@@ -64,8 +64,8 @@ class Heartbeat:
         with self._lock:
             try:
                 self.files.heartbeat(**self.fields)
-            except OSError as error:
-                log.warning("heartbeat_failed", kind=type(error).__name__, errno=error.errno)
+            except (OSError, StoreError) as error:  # a full disk: the next one may find room
+                log.warning("heartbeat_failed", kind=type(error).__name__)
 
     def _run(self) -> None:
         while not self._done.wait(self.every_s):
@@ -195,12 +195,12 @@ def awaited(files: RoundFiles, store: Store, within_s: float) -> bool:
 
     The next round must start from that version and be compared with it, not with the one it replaces.
     """
-    finished = files.finished()
-    if not finished:
+    records = files.records()
+    if not records:
         return False
-    newest = files.read(max(finished))
+    newest = records[-1]
     fresh = newest.get("version") is not None and time.time() - float(newest.get("ended") or 0.0) < within_s
-    return fresh and store.round(max(finished)) is None
+    return fresh and store.round(newest["round"]) is None
 
 
 def progress_so_far(files: RoundFiles) -> tuple[int, int, int]:
@@ -208,8 +208,7 @@ def progress_so_far(files: RoundFiles) -> tuple[int, int, int]:
 
     An abandoned round has used none."""
     used, demonstrated, done = 0, 0, 0
-    for n in files.finished():
-        result = files.read(n)
+    for result in files.records():
         if result.get("state") != "abandoned":
             used = max(used, int(result.get("last_seq") or 0))
             demonstrated = max(demonstrated, int(result.get("demonstration_seq") or 0))
@@ -253,11 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def replay(data_dir: Path, model: str, n: int) -> int:
     """Run round `n` again from its record, publish nothing, and print whether the same came out."""
-    from learner.round import replay_round
+    from learner.round import RoundStopped, replay_round
 
     if n not in RoundFiles(data_dir / "rounds").finished():
         raise NotFound(f"there is no finished round {n} in {data_dir / 'rounds'}")
-    outcome = replay_round(data_dir, model, n)
+    try:
+        outcome = replay_round(data_dir, model, n)
+    except RoundStopped as stop:
+        raise NotFound(str(stop)) from stop
     print(json.dumps(outcome, indent=2))
     return 0 if outcome["same"] else 1
 

@@ -2,7 +2,7 @@
 
 `data_dir/keys.json` holds argon2 hashes, never keys. `data_dir/salt` turns voter ids into what is stored.
 Without keys the server answers loopback only, everyone is an operator, and requests that a foreign web page
-could have caused (a foreign Host or Origin) are refused. Does not count requests: `limits.py` does.
+could have caused (a foreign Host or Origin) are refused. Does not count requests: `quota.py` does.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def foreign_page(host: str | None, origin: str | None) -> bool:
 
     A browser names the page's origin on cross-site writes, and a rebound DNS name shows in Host.
     """
-    name = urlsplit(f"//{host or ''}").hostname or ""
-    if not is_loopback(name):
+    try:
+        names = [urlsplit(f"//{host or ''}").hostname, *([] if origin is None else [urlsplit(origin).hostname])]
+    except ValueError:  # half a bracket
         return True
-    return origin is not None and not is_loopback(urlsplit(origin).hostname or "")
+    return not all(is_loopback(name or "") for name in names)

@@ -68,6 +68,10 @@ class RoundFiles:
         """The final record. Raises FileNotFoundError, ValueError."""
         return read_json(self.directory(n) / RECORD)
 
+    def records(self) -> list[dict[str, Any]]:
+        """Final records, oldest first; a damaged one is left out: it must not keep a learner from learning."""
+        return [record for n in self.finished() if (record := read_or_none(self.directory(n) / RECORD)) is not None]
+
     def heartbeat(self, **fields: Any) -> None:
         """Replace what the learner says of itself now."""
         self.root.mkdir(parents=True, exist_ok=True)

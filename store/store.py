@@ -189,6 +189,12 @@ class Store:
         with self._read() as db:
             return next(iter(self._comparisons(db, "id = ?", [comparison_id])), None)
 
+    def voted_on(self, vote_ids: Sequence[str]) -> list[Comparison]:
+        """The comparisons that these votes were cast on, whether they still stand or not."""
+        with self._read() as db:
+            where = "id in (select comparison_id from votes where id in (select value from json_each(?)))"
+            return self._comparisons(db, where, [json.dumps(list(vote_ids))])
+
     def shown(self, comparison_ids: Sequence[str]) -> dict[str, Shown]:
         """Those of the named comparisons that there are, by id."""
         with self._read() as db:

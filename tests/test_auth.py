@@ -133,6 +133,8 @@ def test_loopback_is_told_apart(host: str, answer: bool) -> None:
     ("127.0.0.1:7860", "null", True),
     ("rebound.example:7860", None, True),
     (None, None, True),
+    ("[x", None, True),
+    ("127.0.0.1:7860", "http://[", True),
 ])
 def test_a_foreign_web_page_is_told_apart(host: str | None, origin: str | None, foreign: bool) -> None:
     assert foreign_page(host, origin) is foreign

@@ -219,7 +219,10 @@ def judged(tmp_path: Path, always_b: Path, model: CausalModel, tokenizer: ChatTo
     data_dir = tmp_path / "data"
     with Store.open(data_dir) as store:
         import_preferences(store, write_rows(tmp_path / "own.jsonl", [p.row() for p in PAIRS[:10]]))
-        votes = [item.vote.id for item in store.voted_comparisons()]
+        standing = store.voted_comparisons()
+        votes = [item.vote.id for item in standing]
+        store.withdraw_vote(standing[0].comparison.id, standing[0].vote.voter)  # what was learned from them was learned
+        store.record_vote(standing[1].comparison.id, standing[1].vote.voter, groups=[[0, 1]], kind="tie")
     (data_dir / "adapters").symlink_to(always_b / "adapters")
     files = RoundFiles(data_dir / "rounds")
     n = files.begin()

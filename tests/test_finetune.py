@@ -144,6 +144,18 @@ def test_the_clock_ends_a_run(model: CausalModel, tokenizer: ChatTokenizer) -> N
     assert result.steps == 1 and result.stopped == "the time is up" and result.loss_before is None
 
 
+def test_what_was_learned_before_the_time_was_up_is_kept_even_within_the_first_pass(model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    examples = [encode(tokenizer, chat, 512) for chat in CHATS]
+    short = replace(QUICK, tokens_per_batch=1, max_steps=12, lr=1e-2)  # a chat a step: 15 of them are a pass
+    result = finetune(model, examples[:15], examples[15:], short, adapter="new", seed=1)
+    try:
+        assert (result.steps, result.passes, result.kept) == (12, 1, 1) and len(result.curve) == 2
+        assert result.loss_after == pytest.approx(mean_loss(AdapterModule(model, "new"), examples[15:], 0), abs=1e-6)
+        assert result.loss_after < result.loss_before
+    finally:
+        model.lora.delete("new")
+
+
 def test_a_run_is_the_same_bit_for_bit_when_run_again_for_as_many_steps(model: CausalModel, tokenizer: ChatTokenizer) -> None:
     examples = [encode(tokenizer, chat, 512) for chat in CHATS]
     got = []

@@ -54,7 +54,8 @@ def test_a_chat_is_learned_up_to_its_last_reply_whatever_the_file_is_called(tmp_
 
 @pytest.mark.parametrize("name", ["alpaca.json", "alpaca.json.gz", "alpaca.jsonl"])
 def test_alpaca_joins_instruction_and_input(tmp_path: Path, name: str) -> None:
-    found = read_instructions(write(tmp_path / name, ALPACA, lines="jsonl" in name))
+    empty = {"instruction": "Draw a house.", "input": "", "output": " "}  # the file as published has a few
+    found = read_instructions(write(tmp_path / name, [*ALPACA, empty], lines="jsonl" in name))
     assert [i.chat for i in found] == [
         [said("user", "Give three tips for staying healthy."), said("assistant", "1. Eat well.")],
         [said("user", "Classify this.\n\nSamantha"), said("assistant", "Female")],

@@ -307,6 +307,8 @@ def test_half_a_pair_is_refused(saved: tuple[CausalModel, Path]) -> None:
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "sets rank_pattern"),
         ({"r": 0}, "lacks a usable r"),
+        ({"r": math.inf}, "lacks a usable r"),
+        ({"r": 10**400}, "lacks a usable r"),
         ({"target_modules": None}, "lacks a usable r, lora_alpha or target_modules"),
         ({"lora_alpha": "much"}, "lacks a usable r"),
         ({"r": 8}, r"has shape \(4, 64\), this model needs \(8, 64\)"),

@@ -430,6 +430,19 @@ def test_the_same_seed_makes_the_same_policy(model: CausalModel, tokenizer: Chat
     assert all(torch.equal(x, y) for x, y in zip(*ends, strict=True))
 
 
+def test_an_exploding_ratio_drops_the_run_before_it_moves_the_policy(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    model.lora.create("p", r=4, seed=0)
+    engine = Engine(model, tokenizer, max_sequences=16)
+    batch = rollout.sample(engine, prompts, version="p", group=2, max_tokens=12, temperature=1.0, seed=0)
+    with torch.no_grad():
+        old = rollout.reply_logprobs(model, batch, torch.arange(12), "p", 1.0) - 3.0  # e^3, 20 times as likely now
+    trained = list(model.lora.parameters("p").values())
+    before = state(model, "p")
+    with pytest.raises(PPOError, match="20 times as likely within one batch: the run is dropped; lower ppo"):
+        learn(model, "p", None, None, batch, old, torch.ones(batch.mask.shape), None, None, torch.optim.SGD(trained, lr=1.0), trained, SMALL, random.Random(0))
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model, "p"), strict=True))
+
+
 def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     moves = []
     for tokens in (10**6, 40):

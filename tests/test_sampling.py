@@ -76,8 +76,9 @@ def test_nucleus_keeps_what_a_plain_loop_keeps(vocab: int) -> None:
         assert p == 1 or abs(kept[i].sum().item() - sum(expected)) < 2 * probs[i].max().item()
 
 
-def test_a_tiny_top_p_is_greedy() -> None:
-    tokens, _ = sample(row(0.0, 3.0, 2.9).expand(50, -1), [1.0] * 50, [1e-6] * 50, [uniform(s, 0) for s in range(50)])
+@pytest.mark.parametrize("top_p", [1e-6, 1e-50])  # the latter is 0 in float32
+def test_a_tiny_top_p_is_greedy(top_p: float) -> None:
+    tokens, _ = sample(row(0.0, 3.0, 2.9).expand(50, -1), [1.0] * 50, [top_p] * 50, [uniform(s, 0) for s in range(50)])
     assert set(tokens) == {1}
 
 

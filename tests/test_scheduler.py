@@ -34,10 +34,21 @@ def test_the_first_to_come_is_the_first_to_run_even_if_a_later_one_would_fit() -
 
 
 def test_the_queue_is_bounded_in_sequences() -> None:
-    scheduler = Scheduler(max_sequences=1, max_queue=4)
+    scheduler = Scheduler(max_sequences=3, max_queue=4)
+    scheduler.add(read("x", 3))
+    admit(scheduler)
     scheduler.add(read("a", 3))
     scheduler.check_room(1)
     with pytest.raises(QueueFull, match="3 replies are waiting and the queue holds 4"):
+        scheduler.check_room(2)
+
+
+def test_what_finds_free_rows_is_never_refused_by_a_short_queue() -> None:
+    scheduler = Scheduler(max_sequences=8, max_queue=1)
+    scheduler.check_room(8)
+    scheduler.add(read("a", 8))
+    scheduler.check_room(1)
+    with pytest.raises(QueueFull):
         scheduler.check_room(2)
 
 

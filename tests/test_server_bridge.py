@@ -105,12 +105,13 @@ def test_a_failing_step_fails_the_running_requests_and_no_later_one(
 
 def test_errors_of_add_and_call_come_back_to_the_caller(parts: tuple[CausalModel, ChatTokenizer]) -> None:
     async def scenario(bridge: EngineBridge) -> None:
+        await bridge.submit([5], [ENDLESS] * 3, ["base"] * 3)
         with pytest.raises(QueueFull):
             await bridge.submit([5], [SamplingParams(max_tokens=1)] * 3, ["base"] * 3)
         with pytest.raises(ZeroDivisionError):
             await bridge.call(lambda engine: 1 // 0)
 
-    run(Engine(*parts, max_queue=2), scenario)
+    run(Engine(*parts, max_sequences=3, max_queue=2), scenario)
 
 
 def test_an_idle_thread_uses_no_processor(parts: tuple[CausalModel, ChatTokenizer]) -> None:

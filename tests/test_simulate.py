@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from scipy.stats import binomtest
 
-from learner.prompts import PromptsError, prompts_from
+from learner.prompts import PromptsError, conversations_from, prompts_from
 from learner.simulate import Client, SimulateError, simulate, standing
 
 TEXTS = {"plaudit@base": ["one two three four five six", "one two three four", "one two three", "one two three four five"],
@@ -130,6 +130,14 @@ def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
 def test_prompts_come_from_lines_or_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     assert prompts_from(tmp_path / "a.txt") == ["one", "two"]
-    rows = [{"prompt": "three"}, {"prompt": [{"role": "user", "content": "four"}]}]
+    talk = [{"role": "user", "content": "four"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "and one?"}]
+    rows = [{"prompt": "three"}, {"prompt": talk}]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    assert prompts_from(tmp_path / "b.jsonl.gz") == ["three", "four"]
+    assert prompts_from(tmp_path / "b.jsonl.gz") == ["three", "and one?"]
+    assert conversations_from(tmp_path / "b.jsonl.gz") == [({"role": "user", "content": "three"},), tuple(talk)]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"prompt": talk[:2]}))
+    with pytest.raises(PromptsError, match=r"c\.jsonl, line 2: a prompt ends with a turn of the user's"):
+        conversations_from(tmp_path / "c.jsonl")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": [{"role": "robot", "content": "Hum."}]}))
+    with pytest.raises(PromptsError, match=r"d\.jsonl, line 1: prompt must be a string or a list"):
+        conversations_from(tmp_path / "d.jsonl")

@@ -238,6 +238,26 @@ def test_a_round_that_was_cut_short_cannot_be_replayed(tmp_path: Path, capsys: p
     assert "cannot be replayed: it was cut short" in capsys.readouterr().err
 
 
+def test_a_round_whose_votes_are_gone_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Store.open(tmp_path):
+        pass
+    files = RoundFiles(tmp_path / "rounds")
+    files.finish(files.begin(), {"state": "rejected", "config": LearnerConfig().to_dict(), "vote_ids": ["vote_gone"]})
+    assert main(["--data-dir", str(tmp_path), "--replay", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "1 of its votes were withdrawn or replaced since" in said
+
+
+def test_a_damaged_record_of_a_round_does_not_keep_a_learner_from_learning(tmp_path: Path) -> None:
+    files = RoundFiles(tmp_path / "rounds")
+    files.finish(files.begin(), {"state": "rejected", "last_seq": 16, "run_requested": 1})
+    files.finish(files.begin(), {"state": "published", "last_seq": 40, "version": "v000001", "ended": time.time()})
+    (tmp_path / "rounds" / "000002" / "round.json").write_text("")
+    assert progress_so_far(files) == (16, 0, 1)
+    with Store.open(tmp_path) as store:
+        assert not awaited(files, store, 30)
+
+
 def test_a_round_that_is_not_there_cannot_be_replayed(tmp_path: Path) -> None:
     with worker(tmp_path, tmp_path / "nothing", FAST, "--replay", "9") as child:
         assert child.wait(timeout=60) == 2
