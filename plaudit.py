@@ -48,8 +48,8 @@ out = Console()
 
 Url = Annotated[str, typer.Option(envvar="PLAUDIT_URL", help="address of the running server")]
 ApiKey = Annotated[str | None, typer.Option("--key", envvar="PLAUDIT_KEY", help="API key; none needed on loopback")]
-DataDir = Annotated[Path | None, typer.Option(help="directory that holds all state  [default: plaudit-data]")]
-ModelName = Annotated[str | None, typer.Option(help="base model: a directory or a hub id  [default: the bundled starter model]")]
+DataDir = Annotated[Path | None, typer.Option(help="directory that holds all state  \\[default: plaudit-data]")]
+ModelName = Annotated[str | None, typer.Option(help="base model: a directory or a hub id  \\[default: the bundled starter model]")]
 DEFAULT_URL = "http://127.0.0.1:7860"
 
 
@@ -67,7 +67,7 @@ def fail(message: object) -> NoReturn:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn every named error of our packages, and of the disk and the network, into one line."""
-    from httpx import HTTPError
+    from httpx import HTTPError, InvalidURL
 
     from server.errors import StartupError
     from store.errors import StoreError
@@ -78,6 +78,8 @@ def plain_errors() -> Iterator[None]:
         fail(error)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except InvalidURL as error:
+        fail(f"this is no address of a server: {error}")
     except HTTPError as error:
         fail(f"no answer from the server ({error or type(error).__name__}). Is `plaudit serve` running there?")
 
@@ -128,9 +130,9 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
             kind = str
         elif kind not in (int, float, bool, Path):
             kind = int if "int" in str(kind) else str
-        default = "" if field.default in (None, (), PydanticUndefined) else f"  [default: {field.default}]"
+        default = "" if field.default in (None, (), PydanticUndefined) else f"  \\[default: {field.default}]"
         if name == "model":
-            default = "  [default: the bundled starter model]"
+            default = "  \\[default: the bundled starter model]"
         names = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
         option = typer.Option(*names, help=f"{field.description}{default}", show_default=False)
         annotation = Annotated[kind | None, option]
@@ -224,8 +226,11 @@ def config(**flags: Any) -> None:
 def learn(context: typer.Context) -> None:
     """Run the learner by hand (beside `plaudit serve --no-learner`). `plaudit learn --help` lists its options."""
     from learner.worker import main as worker
+    from server.supervisor import learner_options
 
-    raise SystemExit(worker(context.args))
+    with plain_errors():
+        settings = load_settings()
+    raise SystemExit(worker([*learner_options(settings), *context.args]))  # what is given here comes last, and counts
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -243,10 +248,10 @@ def sft(
     model: ModelName = None,
     parent: Annotated[str, typer.Option(help="the version to start from: base, live or v000001")] = "base",
     name: Annotated[str | None, typer.Option(help="a word or two for people, kept in the manifest")] = None,
-    passes: Annotated[int | None, typer.Option(min=1, help="over the chats at most; the best one is kept  [default: 8]")] = None,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate  [default: 0.001]")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="of a new adapter  [default: 16]")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="stop after these with the best pass  [default: no limit]")] = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="over the chats at most; the best one is kept  \\[default: 8]")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate  \\[default: 0.001]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="of a new adapter  \\[default: 16]")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="stop after these with the best pass  \\[default: no limit]")] = None,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="share of prompts kept to measure on")] = 0.1,
     seed: Annotated[int, typer.Option(help="of the split, the order and the new weights")] = 0,
 ) -> None:
@@ -291,15 +296,15 @@ def sft(
 
 @app.command("eval")
 def evaluate(
-    version: Annotated[str | None, typer.Argument(help="live, base or v000001  [default: live]", show_default=False)] = None,
+    version: Annotated[str | None, typer.Argument(help="live, base or v000001  \\[default: live]", show_default=False)] = None,
     against: Annotated[str, typer.Option(help="the version to compare with: live, base or v000001")] = "base",
     mmlu: Annotated[Path | None, typer.Option(help="folder of MMLU's *_test.csv and *_dev.csv")] = None,
     task: Annotated[list[Path] | None, typer.Option(help="text to generate, scored by ROUGE-L; repeat for several")] = None,
     preferences: Annotated[Path | None, typer.Option(help="pairs that a saved reward model is to order")] = None,
     win_rate: Annotated[bool, typer.Option("--win-rate", help="replies of both, judged blind by a saved reward model")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="the bundled known answers; the default where nothing is named")] = False,
-    prompts: Annotated[Path | None, typer.Option(help="for --win-rate: a prompt a line, or JSONL  [default: the starter's held-out ones]")] = None,
-    round_number: Annotated[int | None, typer.Option("--round", help="whose reward model  [default: the newest saved]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="for --win-rate: a prompt a line, or JSONL  \\[default: the starter's held-out ones]")] = None,
+    round_number: Annotated[int | None, typer.Option("--round", help="whose reward model  \\[default: the newest saved]")] = None,
     shots: Annotated[int, typer.Option(min=0, max=50, help="solved questions before each of MMLU's")] = 5,
     task_shots: Annotated[int, typer.Option(min=0, max=10, help="positive examples before each of a Super-NaturalInstructions task's")] = 2,
     limit: Annotated[int | None, typer.Option(min=1, help="items of each benchmark at most, drawn by --seed")] = None,
@@ -404,7 +409,7 @@ def estimate(value: Any, unit: bool, *, signed: bool = False) -> str:
 def reward_eval(
     file: Annotated[Path, typer.Argument(help=".jsonl or .json, also .gz, of chosen, rejected, and optionally prompt and voter")],
     data_dir: DataDir = None,
-    round_number: Annotated[int | None, typer.Option("--round", help="whose reward model  [default: the newest saved]")] = None,
+    round_number: Annotated[int | None, typer.Option("--round", help="whose reward model  \\[default: the newest saved]")] = None,
     model: ModelName = None,
     limit: Annotated[int | None, typer.Option(min=1, help="rows at most, drawn by --seed")] = None,
     seed: Annotated[int, typer.Option(help="of the draw, and of the length baseline's folds")] = 0,
@@ -457,20 +462,33 @@ def show_reward(report: dict[str, Any], number: int | None) -> None:
 # ------------------------------------------------------------------------------------------------ talking to a server
 
 
-def request(method: str, url: str, key: str | None, path: str, **kwargs: Any) -> Any:
-    """One JSON call; the server's own message on a refusal."""
+class Refused(Exception):
+    """The server said no; its own message."""
+
+
+def ask(method: str, url: str, key: str | None, path: str, **kwargs: Any) -> Any:
+    """One JSON call. Raises Refused; ends with a line when no server of ours is there."""
     import httpx
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with plain_errors():
         answer = httpx.request(method, url.rstrip("/") + path, headers=headers, timeout=120, **kwargs)
-        if answer.is_success:
-            return answer.json()
     try:
-        message = answer.json()["error"]["message"]
+        found = answer.json()
+        if answer.is_success:
+            return found
+        message = found["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = f"status {answer.status_code} from {url}"
-    fail(message)
+        fail(f"{url} answers, with status {answer.status_code}, but not as a Plaudit server does. Is the address right?")
+    raise Refused(message)
+
+
+def request(method: str, url: str, key: str | None, path: str, **kwargs: Any) -> Any:
+    """The same, where a refusal is the end."""
+    try:
+        return ask(method, url, key, path, **kwargs)
+    except Refused as refused:
+        fail(refused)
 
 
 @app.command()
@@ -495,7 +513,12 @@ def chat(
         body: dict[str, Any] = {"model": model, "messages": messages, "n": n}
         if conversation:
             body["metadata"] = {"conversation_id": conversation}
-        answer = request("POST", url, key, "/v1/chat/completions", json=body)
+        try:
+            answer = ask("POST", url, key, "/v1/chat/completions", json=body)
+        except Refused as refused:  # too long, too many, too slow: what was said before stands
+            messages.pop()
+            out.print(f"not answered: {refused}", markup=False, highlight=False)
+            continue
         conversation = answer["plaudit"]["conversation_id"]
         replies = [choice["message"]["content"] for choice in answer["choices"]]
         for number, reply in enumerate(replies, 1):
@@ -503,7 +526,10 @@ def chat(
         pick = ask_for_pick(n) if n > 1 else None
         if pick is not None:
             path = f"/v1/comparisons/{answer['plaudit']['comparison_id']}/vote"
-            request("PUT", url, key, path, json={"favourite": pick} if pick >= 0 else {"verdict": "none"})
+            try:
+                ask("PUT", url, key, path, json={"favourite": pick} if pick >= 0 else {"verdict": "none"})
+            except Refused as refused:
+                out.print(f"your pick is not saved: {refused}", markup=False, highlight=False)
         messages.append({"role": "assistant", "content": replies[max(pick or 0, 0)]})
 
 
@@ -558,7 +584,7 @@ def simulate(
     voters: Annotated[int, typer.Option(min=1, help="how many people vote")] = 4,
     random_voters: Annotated[float, typer.Option(min=0, max=1, help="share of the voters who pick at random, such as 0.2 of 5")] = 0.0,
     n: Annotated[int, typer.Option("--n", "-n", min=2, max=8, help="replies in each comparison")] = 4,
-    prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or JSONL  [default: the starter's]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or JSONL  \\[default: the starter's]")] = None,
     seed: Annotated[int, typer.Option(help="of prompts, tastes and noise")] = 0,
     url: Url = DEFAULT_URL,
     key: ApiKey = None,

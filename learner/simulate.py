@@ -77,15 +77,18 @@ class Client:
                         raise Busy
         except Busy:
             raise SimulateError("the server stayed busy") from None
+        except httpx.InvalidURL as error:
+            raise SimulateError(f"this is no address of a server: {error}") from None
         except httpx.TransportError as error:
             raise SimulateError(f"no answer from {self.http.base_url} ({type(error).__name__}). Is `plaudit serve` running there?") from None
         assert answer is not None
-        if answer.is_success:
-            return answer.json()
         try:
-            message = answer.json()["error"]["message"]
+            found = answer.json()
+            if answer.is_success:
+                return found
+            message = found["error"]["message"]
         except (ValueError, KeyError, TypeError):
-            message = "no reason given"
+            raise SimulateError(f"{self.http.base_url} answers, with status {answer.status_code}, but not as a Plaudit server does. Is the address right?") from None
         raise SimulateError(f"{method} {path}: {answer.status_code} {message}")
 
     def worth_another_try(self, error: Exception) -> bool:

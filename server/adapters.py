@@ -24,7 +24,7 @@ from engine.lora import Adapter, AdapterError
 from server.access import Operator, runtime_of
 from server.deployment import NotPossible, UnknownModel
 from server.errors import ApiError
-from server.runtime import Runtime
+from server.runtime import UPLOAD, Runtime
 from server.schema import UploadRequest
 from store.records import AdapterRow
 
@@ -118,7 +118,7 @@ async def upload(body: UploadRequest, request: Request, who: Operator) -> JSONRe
         finally:
             engine.unload_version(name)
 
-    with tempfile.TemporaryDirectory(dir=runtime.settings.data_dir, prefix=".upload-") as temporary:
+    with tempfile.TemporaryDirectory(dir=runtime.settings.data_dir, prefix=UPLOAD) as temporary:
         await asyncio.to_thread(write, Path(temporary))
         try:
             adapter = await asyncio.to_thread(runtime.bridge.read_adapter, Path(temporary))

@@ -59,7 +59,8 @@ def create_app(settings: Settings, *, learner_command: list[str] | None = None, 
     errors.install(app)
     for part in PARTS:
         app.include_router(part.router)
-    app.add_api_route("/v1/{path:path}", _nothing_here, methods=METHODS, include_in_schema=False)
+    for path in ("/v1/{path:path}", "/healthz", "/readyz", "/metrics"):  # what no route above answers must not fall through to the pages
+        app.add_api_route(path, _nothing_here, methods=METHODS, include_in_schema=False)
     app.add_middleware(
         BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes,
         upload_path="/v1/adapters",
@@ -92,7 +93,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 async def _nothing_here(request: Request) -> None:
-    """404 or 405 under /v1/ in our own shape, whatever is mounted behind the API."""
+    """404 or 405 in our own shape, whatever is mounted behind the API."""
     allowed: set[str] = set()
     for route in (route for part in PARTS for route in part.router.routes):
         match, _ = route.matches({**request.scope})

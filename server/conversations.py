@@ -86,7 +86,7 @@ async def delete_conversation(conversation_id: str, request: Request, who: User)
     """Erase: the words go, the votes leave, and the versions that learned from them are listed."""
     runtime = runtime_of(request)
     conversation = await _theirs(runtime, conversation_id, who)
-    report = await runtime.db(runtime.store.erase_conversation, conversation_id)
+    report = await runtime.db(runtime.store.erase_conversation, conversation_id, who.actor)
     await runtime.bridge.call(lambda engine: engine.forget())  # the words are in what it has read, too
     for comparison in conversation.comparisons:
         runtime.deployment.scoreboard.drop(comparison.id)

@@ -26,7 +26,7 @@ from server.scoreboard import Scoreboard
 from server.settings import Settings
 from server.verification import Unfit, load_verified
 from store.adapters import AdapterRegistry, Manifest
-from store.errors import CorruptAdapter
+from store.errors import CorruptAdapter, StoreError
 from store.records import AdapterRow, Shown
 from store.rounds import RoundFiles
 from store.store import Store
@@ -102,7 +102,7 @@ class Deployment:
         self._loaded: set[str] = {BASE}
         self._leases: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
-        self._settled: dict[tuple[str, str], str] = {}  # (live, other) -> the votes' decision, once there is one
+        self._settled: dict[tuple[str, str], str] = {}  # (live, other) -> the votes' decision, once there is one and it is carried out
         self._task: asyncio.Task[None] | None = None
 
     # --- routing
@@ -111,7 +111,7 @@ class Deployment:
     def other(self) -> str | None:
         """The version that comparisons mix with the live one: the candidate, else the one before."""
         other = self.candidate or self.previous
-        settled = other is not None and self._settled.get((self.live, other)) == "promote" and self.candidate is None
+        settled = self.candidate is None and other is not None and (self.live, other) in self._settled
         return None if settled else other
 
     async def take(self, model: str, n: int, seed: int, *, mix: bool = True) -> Slots:
@@ -254,14 +254,13 @@ class Deployment:
             self._note_refusal(version, str(unfit))
             await self._db(self.store.audit, AUTO, "refuse", {"version": version, "reason": str(unfit)})
             return
-        await self._record(manifest, "candidate")
-        log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=self.settings.promotion)
         if manifest.gate is None or self.settings.promotion == "manual":  # an upload, `plaudit sft`: an operator's to promote
-            return
-        if self.settings.promotion == "auto":
-            await self._deploy(version, self.live, None, AUTO, "publish")
+            await self._record(manifest, "candidate")
+        elif self.settings.promotion == "auto":
+            await self._deploy(version, self.live, None, AUTO, "publish", new=manifest)
         else:
-            await self._deploy(self.live, self.previous, version, AUTO, "canary")
+            await self._deploy(self.live, self.previous, version, AUTO, "canary", new=manifest)
+        log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=self.settings.promotion)
 
     async def _record(self, manifest: Manifest, status: str) -> None:
         await self._db(self.store.take_in_adapter, manifest.to_dict(), status)
@@ -323,8 +322,12 @@ class Deployment:
         return self.scoreboard.test(first, second, since=self.live_since, odds=self.settings.abtest_odds)
 
     async def weigh(self) -> None:
-        """After a vote: promote or drop the candidate, or roll the live version back, when the votes decide it."""
-        if self.candidate is None and (self.previous is None or self.by_operator):
+        """After a vote: promote or drop the candidate, or roll the live version back, when the votes decide it.
+
+        An operator's choice stays live whatever they say; then all they decide is that the question is closed. What cannot be recorded
+        now is tried again after the next vote.
+        """
+        if self.candidate is None and self.previous is None:
             return
         test = self.test()
         if test is None or test.decision == "hold":
@@ -332,7 +335,6 @@ class Deployment:
         pair = self.pair()
         if self._settled.get(pair) == test.decision:
             return
-        self._settled[pair] = test.decision
         log.info("votes_decided", pair=pair, decision=test.decision, votes=test.votes, win_rate=test.win_rate)
         try:
             if self.candidate is not None and test.decision == "promote":
@@ -341,16 +343,26 @@ class Deployment:
                 async with self._lock:
                     if self.pair() == pair:
                         await self._deploy(self.live, self.previous, None, AUTO, "drop candidate")
-            elif test.decision == "rollback":
+            elif test.decision == "rollback" and not self.by_operator:
                 await self.rollback(AUTO, "automatic rollback", judged=pair)
         except NotPossible as why:
             log.error("decision_not_carried_out", reason=str(why))
+        except StoreError as trouble:
+            log.error("decision_not_recorded", kind=type(trouble).__name__)
+            return
+        self._settled[pair] = test.decision
 
     # --- what is loaded
 
-    async def _deploy(self, live: str, previous: str | None, candidate: str | None, actor: str, action: str) -> None:
-        """Durable first, then for every request from here on."""
-        await self._db(self.store.deploy, live, previous, candidate, actor=actor, action=action)
+    async def _deploy(
+        self, live: str, previous: str | None, candidate: str | None, actor: str, action: str, *, new: Manifest | None = None
+    ) -> None:  # fmt: skip
+        """Durable first, then for every request from here on. new: the version that is taken in with it."""
+        if new is None:
+            await self._db(self.store.deploy, live, previous, candidate, actor=actor, action=action)
+        else:
+            await self._db(self.store.take_in_adapter, new.to_dict(), "candidate", (live, previous, candidate), actor=actor, action=action)
+            self._known.add(new.version)
         if live != self.live:
             self.live_since = time.time()
             self.by_operator = actor != AUTO

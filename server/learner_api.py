@@ -39,6 +39,7 @@ async def learner_view(runtime: Runtime) -> dict[str, Any]:
         "votes_until_next_round": max(0, runtime.settings.round_votes - counts.pending),
         "last_verdict": verdict,
         "paused": control.paused,
+        "off": off(runtime, beat),
         "restarts": runtime.supervisor.restarts if runtime.supervisor else 0,
     }
 
@@ -49,7 +50,7 @@ def _state(runtime: Runtime, beat: dict[str, Any], paused: bool) -> tuple[str, s
     supervisor = runtime.supervisor
     if supervisor is not None and supervisor.degraded:
         return "degraded", supervisor.reason
-    if supervisor is None and not fresh:
+    if off(runtime, beat):
         return "paused", "no learner runs here (--no-learner); start one with `plaudit learn`"
     if supervisor is not None and not supervisor.running and supervisor.crashes:
         return "degraded", f"the learner stopped (exit {supervisor.last_exit}) and is about to be started again"
@@ -58,6 +59,11 @@ def _state(runtime: Runtime, beat: dict[str, Any], paused: bool) -> tuple[str, s
     if paused and said == "idle":
         return "paused", "paused by an operator"
     return str(said), beat.get("reason")
+
+
+def off(runtime: Runtime, beat: dict[str, Any]) -> bool:
+    """Whether no learner runs, and none is going to: nobody here starts one."""
+    return runtime.supervisor is None and not alive(beat)
 
 
 @router.get("/v1/learner")
@@ -92,6 +98,6 @@ async def get_status(request: Request, who: User) -> dict[str, Any]:
         "votes": view["votes"],
         "votes_pending": view["votes_pending"],
         "votes_until_next_round": view["votes_until_next_round"],
-        "learner_state": view["state"],
+        "learner_state": "off" if view["off"] else view["state"],
         "progress": view["progress"],
     }

@@ -30,9 +30,8 @@ async def running_round(runtime: Runtime, finished: set[int]) -> list[dict[str, 
     number = beat.get("round")
     if not isinstance(number, int) or number in finished or beat.get("state") not in BUSY or not alive(beat):
         return []
-    so_far = beat.get("progress")
-    row = {"round": number, "state": beat["state"], "started": beat.get("started"), "ended": None, "progress": so_far}
-    return [row]
+    unknown = dict.fromkeys(("ended", "votes", "reward", "ppo", "gate", "version"))  # until it is finished
+    return [{"round": number, "state": beat["state"], "started": beat.get("started"), "progress": beat.get("progress"), **unknown}]
 
 
 @router.get("/v1/rounds/{number}")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
@@ -26,18 +28,20 @@ from server.ballots import Ballots
 from server.bridge import EngineBridge
 from server.candidates import Candidates
 from server.cores import Cores
-from server.deployment import Deployment
+from server.deployment import BASE, Deployment
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.quota import Quota
 from server.settings import Settings
 from server.supervisor import Backoff, Supervisor, learner_command
 from store.adapters import AdapterRegistry
+from store.errors import CorruptAdapter
 from store.rounds import RoundFiles
 from store.store import Store
 
 log = structlog.get_logger("plaudit")
 T = TypeVar("T")
+UPLOAD = ".upload-"  # how a directory begins in which an uploaded adapter is tried out
 
 
 class Runtime:
@@ -83,7 +87,8 @@ class Runtime:
         """
         store = Store.open(settings.data_dir)
         try:
-            AdapterRegistry(settings.data_dir / "adapters").versions()  # what cannot be read is told now, in one line
+            registry = AdapterRegistry(settings.data_dir / "adapters")
+            registry.versions()  # what cannot be read is told now, in one line
             RoundFiles(settings.data_dir / "rounds").all()
             keyring = Keyring(settings.data_dir)
             check_bind(settings, keyring)
@@ -95,6 +100,8 @@ class Runtime:
             if dtype == "auto":
                 dtype = "bfloat16" if device.startswith("cuda") else "float32"
             model = CausalModel.load(settings.model, dtype=getattr(torch, dtype), device=device)
+            check_base(store, registry, model, settings)
+            sweep_uploads(settings.data_dir)
             if command is None and settings.learner:
                 command = learner_command(settings)
             return cls(settings, store, keyring, VoterHash(settings.data_dir), model, tokenizer, command, backoff)
@@ -152,3 +159,25 @@ class Runtime:
         if self.draining:
             return "draining"
         return None if self.bridge.alive else "the engine thread has stopped"
+
+
+def check_base(store: Store, registry: AdapterRegistry, model: CausalModel, settings: Settings) -> None:
+    """Refuse to start with another model than the live version was made for: it would be given up for the bare model. Raises `StartupError`."""
+    live = store.deployment().live
+    if live == BASE:
+        return
+    try:
+        manifest = registry.manifest(live)
+    except CorruptAdapter:  # what is no longer fit is stepped back from, with its reason
+        return
+    if manifest.base_digest != model.digest:
+        raise StartupError(
+            f"{live}, which is live in {settings.data_dir}, was made for another model ({manifest.base_model}) than {settings.model}: "
+            "start with that --model, or with another --data-dir; or make the bare model live there first (`plaudit adapters promote base`)"
+        )
+
+
+def sweep_uploads(data_dir: Path) -> None:
+    """Remove what uploads left that a kill cut short."""
+    for left in data_dir.glob(f"{UPLOAD}*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -81,13 +81,20 @@ def _parts(content: object) -> object:
     return [TextPart(type="text", text=content)] if isinstance(content, str) else content
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(Wire):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = Field(None, description="accepted and ignored")
-    refusal: None = None
+    refusal: None = None  # OpenAI's other fields of a message, at their neutral value: clients send back what they were answered
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
 
     def plain(self) -> dict[str, str]:
         """`{"role", "content"}` as chat templates and the store know it."""

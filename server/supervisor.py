@@ -39,11 +39,15 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def learner_command(settings: Settings) -> list[str]:
-    """The learner's command line for `settings`."""
-    command = [sys.executable, "-m", "learner.worker", "--data-dir", str(settings.data_dir), "--model", settings.model]
-    command += ["--round-votes", str(settings.round_votes), "--threads", str(settings.learner_threads)]
-    command += ["--device", settings.device, "--dtype", settings.dtype]  # as served, so that probes agree
-    return [*command, "--parent-pid", str(os.getpid()), *settings.learner_args]
+    """The learner's command line for `settings`, as a child of this process."""
+    return [sys.executable, "-m", "learner.worker", *learner_options(settings), "--parent-pid", str(os.getpid())]
+
+
+def learner_options(settings: Settings) -> list[str]:
+    """What `settings` mean to a learner."""
+    options = ["--data-dir", str(settings.data_dir), "--model", settings.model, "--round-votes", str(settings.round_votes)]
+    options += ["--threads", str(settings.learner_threads), "--device", settings.device, "--dtype", settings.dtype]  # as served, so that probes agree
+    return [*options, *settings.learner_args]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ async def put_vote(comparison_id: str, body: VoteRequest, request: Request, who:
     vote, shown = cast.vote, cast.shown
     runtime.metrics.votes.labels(vote.kind).inc()
     runtime.deployment.count(shown, who.voter, vote.groups)
-    await runtime.deployment.weigh()
+    await runtime.deployment.weigh()  # raises nothing that a disk says: the vote is kept
     choices = [{"index": index, "version": version} for index, version in enumerate(shown.versions)]  # which version wrote which
     answer = {"vote_id": vote.id, "comparison_id": comparison_id, "kind": vote.kind, "choices": choices}
     return JSONResponse(answer, 201 if cast.first else 200)
@@ -59,10 +59,11 @@ async def put_vote(comparison_id: str, body: VoteRequest, request: Request, who:
 
 @router.delete("/v1/comparisons/{comparison_id}/vote")
 async def delete_vote(comparison_id: str, request: Request, who: User) -> dict[str, Any]:
-    """Withdraw a vote: it leaves the next round's data."""
+    """Withdraw a vote: it leaves the next round's data, and the versions that learned from it are listed."""
     runtime = runtime_of(request)
     await shown_to(runtime, comparison_id, who)
-    if not await runtime.db(runtime.store.withdraw_vote, comparison_id, who.voter):
+    learned = await runtime.db(runtime.store.withdraw_vote, comparison_id, who.voter)
+    if learned is None:
         raise ApiError(404, "you have no vote on this comparison")
     runtime.deployment.scoreboard.drop(comparison_id, who.voter)
-    return {"comparison_id": comparison_id, "withdrawn": True}
+    return {"comparison_id": comparison_id, "withdrawn": True, **learned}

@@ -262,7 +262,7 @@ class Store:
             comparisons = tuple(self._comparisons(db, "conversation_id = ?", [conversation_id]))
             return Conversation(row[0], row[1], row[2], nodes, comparisons)
 
-    def erase_conversation(self, conversation_id: str) -> dict[str, Any]:
+    def erase_conversation(self, conversation_id: str, actor: str = "store") -> dict[str, Any]:
         """Remove a conversation's words, replies and votes for good, overwriting them on disk.
 
         Returns `{"id", "votes", "rounds", "versions"}`: how many votes left, and which rounds and versions had learned
@@ -273,8 +273,7 @@ class Store:
                 raise NotFound("there is no such conversation")
             mine = "select id from comparisons where conversation_id = :c"
             c = {"c": conversation_id}
-            rounds = [row[0] for row in db.execute(
-                f"select distinct round from round_votes where vote_id in (select id from votes where comparison_id in ({mine})) order by round", c)]
+            rounds, versions = self._learned_from(db, f"comparison_id in ({mine})", c)
             votes = db.execute(f"select count(*) from standing_votes where comparison_id in ({mine})", c).fetchone()[0]
             for table in ("demonstrations", "standing_votes", "votes", "completions"):
                 db.execute(f"delete from {table} where comparison_id in ({mine})", c)
@@ -282,11 +281,16 @@ class Store:
             db.execute("update messages set parent_id = null where conversation_id = :c", c)
             db.execute("delete from messages where conversation_id = :c", c)
             db.execute("delete from conversations where id = :c", c)
-            records = [self.round(n) or {} for n in rounds]
-            versions = sorted({str(r["version"]) for r in records if r.get("version")})
-            self._audit(db, "store", "erase", {"conversation": conversation_id, "votes": votes, "versions": versions})
+            self._audit(db, actor, "erase", {"conversation": conversation_id, "votes": votes, "versions": versions})
             self._unswept = True
         return {"id": conversation_id, "votes": votes, "rounds": rounds, "versions": versions}
+
+    def _learned_from(self, db: Database, where: str, args: Any) -> tuple[list[int], list[str]]:
+        """Rounds that used votes which match, and the versions that came of them."""
+        rounds = [row[0] for row in db.execute(
+            f"select distinct round from round_votes where vote_id in (select id from votes where {where}) order by round", args)]
+        records = [self.round(n) or {} for n in rounds]
+        return rounds, sorted({str(r["version"]) for r in records if r.get("version")})
 
     # --- votes
 
@@ -339,18 +343,19 @@ class Store:
         frozen = tuple(tuple(group) for group in ballot.groups)
         return Vote(vote_id, seq, comparison_id, voter, ballot.kind, frozen, edit, ballot.comment, now), first
 
-    def withdraw_vote(self, comparison_id: str, voter: str) -> bool:
-        """Append a withdrawal; False when no vote stands."""
+    def withdraw_vote(self, comparison_id: str, voter: str) -> dict[str, Any] | None:
+        """Append a withdrawal; `{"rounds", "versions"}` that had learned from it, None when no vote stands."""
         with self._write() as db:
             found = db.execute("delete from standing_votes where comparison_id = ? and voter = ? returning seq", [comparison_id, voter]).fetchall()
             if not found:
-                return False
+                return None
+            rounds, versions = self._learned_from(db, "comparison_id = ? and voter = ?", [comparison_id, voter])
             db.execute("delete from demonstrations where comparison_id = ? and voter = ?", [comparison_id, voter])
             db.table("votes").insert({
                 "id": new_id("vote"), "comparison_id": comparison_id, "voter": voter, "kind": "withdrawn", "groups": "[]",
                 "edit": None, "comment": None, "created": time.time(),
             })
-            return True
+            return {"rounds": rounds, "versions": versions}
 
     def vote_history(self, comparison_id: str) -> list[Vote]:
         """Every vote and withdrawal on a comparison, oldest first."""
@@ -418,12 +423,15 @@ class Store:
 
     # --- adapters, rounds, deployment, control
 
-    def take_in_adapter(self, manifest: Mapping[str, Any], status: str) -> None:
-        """Remember a published version; its manifest stays as first taken in."""
+    def take_in_adapter(self, manifest: Mapping[str, Any], status: str, deployed: tuple[str, str | None, str | None] | None = None, *, actor: str = "", action: str = "") -> None:
+        """Remember a published version; its manifest stays as first taken in. deployed: the (live, previous, candidate) that come with
+        it, by `actor` and `action`, as `deploy` would record them: both or neither, should we be killed."""
         with self._write() as db:
             db.execute(
                 "insert into adapters values (?, ?, ?, ?) on conflict (version) do update set status = excluded.status",
                 [manifest["version"], status, json.dumps(dict(manifest)), time.time()])
+            if deployed is not None:
+                self._insert_deployment(db, *deployed, actor=actor, action=action)
 
     def adapters(self) -> list[AdapterRow]:
         """All versions, oldest first."""
@@ -450,15 +458,17 @@ class Store:
 
     def deploy(self, live: str, previous: str | None, candidate: str | None = None, *, actor: str, action: str) -> None:
         """Record a new deployment, its versions' statuses and the audit entry, in one transaction. `since` moves only with `live`."""
-        now = time.time()
         with self._write() as db:
-            was = self.deployment()
-            since = was.since if was.live == live and was.since else now
-            db.table("deployments").insert({"live": live, "previous": previous, "candidate": candidate, "since": since, "actor": actor, "action": action})
-            gone = [v for v in (was.live, was.candidate) if v not in (None, live, candidate)]
-            for version, status in [*((v, "retired") for v in gone), (candidate, "candidate"), (live, "live")]:
-                db.execute("update adapters set status = ? where version = ? and status != 'rejected'", [status, version])
-            self._audit(db, actor, action, {"live": live, "previous": previous, "candidate": candidate})
+            self._insert_deployment(db, live, previous, candidate, actor=actor, action=action)
+
+    def _insert_deployment(self, db: Database, live: str, previous: str | None, candidate: str | None, *, actor: str, action: str) -> None:
+        was = self.deployment()
+        since = was.since if was.live == live and was.since else time.time()
+        db.table("deployments").insert({"live": live, "previous": previous, "candidate": candidate, "since": since, "actor": actor, "action": action})
+        gone = [v for v in (was.live, was.candidate) if v not in (None, live, candidate)]
+        for version, status in [*((v, "retired") for v in gone), (candidate, "candidate"), (live, "live")]:
+            db.execute("update adapters set status = ? where version = ? and status != 'rejected'", [status, version])
+        self._audit(db, actor, action, {"live": live, "previous": previous, "candidate": candidate})
 
     def take_in_round(self, n: int, record: Mapping[str, Any]) -> None:
         """Remember a finished round and which votes it used. An abandoned round has used none."""

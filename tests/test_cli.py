@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import json
 import re
@@ -10,14 +11,20 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import weakref
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import plaudit
+from learner.worker import parser
 from server.settings import Settings
 from store import AdapterRegistry, Store
 
@@ -70,6 +77,66 @@ def test_serve_has_a_flag_for_every_setting() -> None:
     text = plain(run("serve", "--help").output)
     for name in Settings.model_fields:
         assert "--" + name.replace("_", "-") in text
+    assert "[default: 7860]" in text and "[default: plaudit-data]" in text  # rich would take it for markup
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers everything with a page, as a server of something else does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<p>Welcome!</p>")
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def another_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_learner_started_by_hand_has_the_servers_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("learner.worker.main", lambda argv: given.extend(argv) or 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plaudit.toml").write_text('model = "mine"\nround_votes = 5\n')
+    monkeypatch.setenv("PLAUDIT_DATA_DIR", "/data")
+    assert run("learn", "--round-votes", "7", "--once").exit_code == 0
+    args = parser().parse_args(given)
+    assert (args.data_dir, args.model, args.round_votes, args.once) == (Path("/data"), "mine", 7, True)
+
+
+def test_a_chat_in_the_terminal_outlives_a_refusal_and_an_odd_pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter(["hello", "", "too much", "and now?", "\u00b2", "2"])  # an empty line is no vote
+    sent: list[Any] = []
+
+    def typing(*_: Any) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    def answers(method: str, url: str, **kwargs: Any) -> httpx.Response:
+        sent.append((url.rsplit("/", 1)[1], copy.deepcopy(kwargs["json"])))
+        last = kwargs["json"].get("messages", [{}])[-1].get("content")
+        if last == "too much":
+            return httpx.Response(429, json={"error": {"message": "over quota"}})
+        choices = [{"message": {"content": text}} for text in ("A", "B")]
+        return httpx.Response(200, json={"choices": choices, "plaudit": {"comparison_id": "c", "conversation_id": "v"}})
+
+    monkeypatch.setattr(plaudit.out, "input", typing)
+    monkeypatch.setattr(httpx, "request", answers)
+    result = run("chat")
+    assert result.exit_code == 0 and "not answered: over quota" in result.output
+    assert [m["content"] for m in sent[2][1]["messages"]] == ["hello", "A", "and now?"]  # what was refused is not part of it
+    assert sent[3] == ("vote", {"favourite": 1})
 
 
 def test_config_says_where_each_value_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,11 +161,17 @@ def test_config_says_where_each_value_comes_from(tmp_path: Path, monkeypatch: py
     (["keys", "revoke", "x", "--data-dir", "{tmp}"], "no key"),
     (["keys", "add", "ann", "--role", "king", "--data-dir", "{tmp}"], "role"),
     (["adapters", "--url", "http://127.0.0.1:9"], "no answer"),
+    (["adapters", "--url", "http://127.0.0.1:abc"], "no address of a server"),
+    (["simulate", "--url", "http://127.0.0.1:abc", "--prompts", "README.md"], "no address of a server"),
+    (["adapters", "--url", "{web}"], "not as a Plaudit server does"),
+    (["simulate", "--url", "{web}", "--prompts", "README.md"], "not as a Plaudit server does"),
     (["simulate", "--url", "http://127.0.0.1:9", "--taste", "nicer", "--prompts", "README.md"], "no taste"),
 ])
-def test_what_cannot_be_done_is_one_line_and_status_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], told: str) -> None:
+def test_what_cannot_be_done_is_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another_server: str, args: list[str], told: str
+) -> None:
     monkeypatch.chdir(ROOT)
-    result = run(*(arg.replace("{tmp}", str(tmp_path)) for arg in args))
+    result = run(*(arg.replace("{tmp}", str(tmp_path)).replace("{web}", another_server) for arg in args))
     assert result.exit_code == 2
     assert told in result.stderr and result.stderr.startswith("plaudit: ") and result.stderr.count("\n") == 1
     assert "Traceback" not in result.output

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import collections
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from server.app import create_app
 from server.deployment import assign
+from server.errors import StartupError
 from server.verification import Unfit, probe_gap
 from store.adapters import AdapterRegistry
+from store.errors import DiskFull
 from store.rounds import RoundFiles
 from store.store import Store
 from tests.serving import HELLO, Served, ask, publish_random, served, settings_for
@@ -274,10 +278,62 @@ def test_an_operators_choice_is_not_undone_by_votes(tiny_llama: Path, tmp_path: 
     version = publish_random(registry, tiny_llama)
     with served(settings_for(tmp_path, tiny_llama, mix_share=1.0, promotion="manual")) as running, running.client() as c:
         c.post(f"/v1/adapters/{version}/promote")
-        for _ in range(15):
+        votes = 0
+        while running.runtime.deployment.other is not None:
+            assert (votes := votes + 1) <= 15
             vote_for(c, running, ask(c, 2), "base")
-        assert running.runtime.deployment.live == version
+        assert votes >= 5 and running.runtime.deployment.live == version
         assert c.get("/v1/stats").json()["abtest"]["decision"] == "rollback"
+        assert set(versions_of(running, ask(c, 2)["plaudit"]["comparison_id"])) == {version}  # the question is closed: nothing more is mixed
+
+
+def test_a_vote_that_decides_is_kept_where_the_decision_cannot_be_and_the_next_decides_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama, mix_share=1.0)) as running, running.client() as c:
+        version = gone_live(running, registry, tiny_llama, 1)
+        with monkeypatch.context() as full:
+            full.setattr(running.runtime.store, "deploy", lambda *args, **kwargs: (_ for _ in ()).throw(DiskFull("no space")))
+            for _ in range(15):
+                vote_for(c, running, ask(c, 2), "base")  # each is answered 201
+            assert running.runtime.deployment.live == version
+        vote_for(c, running, ask(c, 2), "base")
+        assert running.runtime.deployment.live == "base"
+
+
+def test_a_version_is_taken_in_and_goes_live_in_one_step_or_is_tried_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server killed, or a disk that was full, between the two left a passed version a candidate for good."""
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama)) as running:
+        real, tried = running.runtime.store._insert_deployment, []
+
+        def fails_once(*args: Any, **kwargs: Any) -> None:
+            tried.append(args)
+            if len(tried) == 1:
+                raise DiskFull("no space")
+            real(*args, **kwargs)
+
+        monkeypatch.setattr(running.runtime.store, "_insert_deployment", fails_once)
+        version = publish_random(registry, tiny_llama)
+        running.until(lambda: len(tried) == 1)
+        assert running.runtime.store.adapter(version) is None
+        running.until(lambda: running.runtime.deployment.live == version)
+
+
+def test_another_model_than_the_live_versions_is_refused_and_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    registry = AdapterRegistry(tmp_path / "data" / "adapters")
+    with served(settings_for(tmp_path / "data", tiny_llama)) as running:
+        version = gone_live(running, registry, tiny_llama, 1)
+    with pytest.raises(StartupError, match=f"{version}, which is live in .* was made for another model"):
+        create_app(settings_for(tmp_path / "data", other))
+    with served(settings_for(tmp_path / "data", tiny_llama)) as running, running.client() as c:
+        assert running.runtime.deployment.live == version
+        c.post("/v1/adapters/base/promote")
+    with served(settings_for(tmp_path / "data", other)) as running:  # the way there is: give it up knowingly
+        assert running.runtime.deployment.live == "base"
 
 
 @pytest.mark.parametrize(("loved", "live"), [(True, "v000001"), (False, "base")])
@@ -370,6 +426,7 @@ def test_an_uploaded_adapter_is_checked_and_becomes_a_candidate(tiny_llama: Path
         for body in (
             {**good, "adapter_model": "!!!"}, {**good, "adapter_model": "AAAA"}, {**good, "adapter_config": {}},
             {**good, "adapter_config": {**good["adapter_config"], "r": "many"}}, {"adapter_model": "AAAA"},
+            {**good, "adapter_config": {**good["adapter_config"], "r": 10**400}},
             with_tensors({**tensors, key: tensors[key] * float("nan")}), with_tensors({**tensors, key: tensors[key][:1].clone()}),
             with_tensors({k: v for k, v in tensors.items() if k != key}),
         ):
@@ -378,6 +435,9 @@ def test_an_uploaded_adapter_is_checked_and_becomes_a_candidate(tiny_llama: Path
             assert "\n" not in answer.json()["error"]["message"] and str(tmp_path) not in answer.text
         assert len(running.runtime.registry.versions()) == 1
         assert len(running.runtime.bridge._engine.versions()) == 2
+        (tmp_path / "data" / ".upload-x").mkdir()  # of an upload during which the server was killed
+    with served(settings_for(tmp_path / "data", tiny_llama)):
+        assert not list((tmp_path / "data").glob(".upload-*"))
 
 
 def test_a_version_without_a_gate_waits_for_an_operator_and_a_gated_finetuned_one_does_not(tiny_llama: Path, tmp_path: Path) -> None:
@@ -400,7 +460,8 @@ def test_finished_rounds_are_taken_in(tiny_llama: Path, tmp_path: Path) -> None:
         running.until(lambda: n in running.runtime.deployment._known_rounds)
         n = files.begin()
         files.heartbeat(state="ppo", round=n, progress=0.25)
-        assert c.get("/v1/rounds").json()["data"][0]["state"] == "ppo"
+        row = c.get("/v1/rounds").json()["data"][0]
+        assert row["state"] == "ppo" and row.keys() >= {"round", "started", "ended", "votes", "reward", "ppo", "gate", "version"}
         status = c.get("/v1/status").json()
         assert (status["learner_state"], status["progress"]) == ("ppo", 0.25)
         files.finish(n, {"state": "published", "gate": {"verdict": "accepted", "checks": []}, "votes": 3, "last_seq": 3, "version": "v000001"})

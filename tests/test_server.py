@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from server.app import create_app
 from server.auth import Keyring
 from server.chat import _event
 from server.errors import StartupError
@@ -127,6 +129,10 @@ def test_the_official_client_works_streaming_and_not(server: Served) -> None:
             texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
         assert texts == [c.message.content for c in whole.choices]
         assert [m.id for m in api.models.list()][:2] == ["plaudit", "plaudit@base"]
+        said = {**whole.choices[0].message.model_dump(), "tool_calls": [], "annotations": None}  # with OpenAI's other fields, as many a client sends it back
+        assert api.chat.completions.create(model="plaudit", messages=[*HELLO, said, *HELLO], n=1, max_tokens=2).choices
+        with pytest.raises(openai.BadRequestError, match="tool_calls"):
+            api.chat.completions.create(model="plaudit", messages=[*HELLO, {**said, "tool_calls": [{}]}, *HELLO])
         with pytest.raises(openai.NotFoundError) as refused:
             api.chat.completions.create(model="gpt-4o", messages=HELLO)
         assert refused.value.code == "model_not_found" and "plaudit@base" in refused.value.message
@@ -224,6 +230,16 @@ def test_unknown_models_paths_and_methods_are_told_apart(client: httpx.Client) -
     error_of(client.delete("/healthz"), 405)
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_what_is_not_offered_of_the_health_calls_does_not_fall_through_to_the_pages(tiny_llama: Path, tmp_path: Path, path: str) -> None:
+    app = create_app(settings_for(tmp_path, tiny_llama))
+    app.mount("/", lambda *_: None)  # as the pages are
+    with TestClient(app, base_url="http://127.0.0.1") as c:
+        answer = c.post(path)
+        error_of(answer, 405)
+        assert answer.headers["allow"] == "GET" and c.get(path).status_code == 200
+
+
 def test_prompts_never_reach_the_log(tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     secret = "xyzzyplugh"
     with served(settings_for(tmp_path, tiny_llama, log_level="debug")) as running, running.client() as c:
@@ -251,7 +267,7 @@ def test_a_vote_is_created_then_replaced_then_withdrawn(client: httpx.Client) ->
     assert second.status_code == 200 and second.json()["vote_id"] != first.json()["vote_id"]
     after = client.get(url).json()
     assert after["vote"]["groups"] == [[2], [0, 1]] and after["choices"][0]["version"] == "base"
-    assert client.delete(url + "/vote").status_code == 200
+    assert client.delete(url + "/vote").json() == {"comparison_id": made["plaudit"]["comparison_id"], "withdrawn": True, "rounds": [], "versions": []}
     error_of(client.delete(url + "/vote"), 404)
     assert client.get(url).json()["vote"] is None
 

@@ -133,7 +133,7 @@ def test_votes_stand_as_a_plain_dictionary_says(tmp_path_factory: pytest.TempPat
         for which, voter, what in steps:
             key = (comparisons[which].id, voter)
             if what == "withdraw":
-                assert store.withdraw_vote(*key) == (naive.pop(key, None) is not None)
+                assert (store.withdraw_vote(*key) is not None) == (naive.pop(key, None) is not None)
             else:
                 _, first = store.record_vote(*key, groups=[[0]], kind=what)
                 assert first == (key not in naive)
@@ -176,12 +176,24 @@ def test_erasing_leaves_no_word_in_the_file_and_names_the_versions_that_learned(
     ask(store, "another", conversation="conv_2")
     store.take_in_round(1, {"round": 1, "state": "published", "vote_ids": [vote.id], "last_seq": vote.seq, "version": "v000007"})
     assert all(word in on_disk(store) for word in (b"xyzzy-prompt", b"xyzzy-reply", b"xyzzy-edit", b"xyzzy-comment"))
-    assert store.erase_conversation("conv_1") == {"id": "conv_1", "votes": 1, "rounds": [1], "versions": ["v000007"]}
+    assert store.erase_conversation("conv_1", "key-3") == {"id": "conv_1", "votes": 1, "rounds": [1], "versions": ["v000007"]}
+    assert [(entry["actor"], entry["action"]) for entry in store.audit_log()] == [("key-3", "erase")]
     assert b"xyzzy" not in on_disk(store)
     assert store.conversation("conv_1") is None and store.comparison(made.id) is None and store.voted_comparisons() == []
     assert store.conversation("conv_2") is not None
     with pytest.raises(NotFound):
         store.erase_conversation("conv_1")
+
+
+def test_withdrawing_names_the_versions_that_learned_from_the_vote_even_where_it_was_replaced_since(store: Store) -> None:
+    made, other = ask(store, "hello"), ask(store, "bye")
+    vote, _ = store.record_vote(made.id, "ann", groups=[[0], [1]], kind="favourite")
+    store.record_vote(other.id, "ann", groups=[[0], [1]], kind="favourite")
+    store.take_in_round(1, {"round": 1, "state": "published", "vote_ids": [vote.id], "last_seq": vote.seq, "version": "v000007"})
+    store.record_vote(made.id, "ann", groups=[[1], [0]], kind="favourite")
+    assert store.withdraw_vote(other.id, "ann") == {"rounds": [], "versions": []}
+    assert store.withdraw_vote(made.id, "ann") == {"rounds": [1], "versions": ["v000007"]}
+    assert store.withdraw_vote(made.id, "ann") is None
 
 
 def test_export_gives_strict_pairs_edits_and_rankings(store: Store) -> None:
