@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from gradio.state_holder import SessionState
 
 from tests.test_ui import ATTACKS
 from tests.ui_fake import TEXTS, Fake
@@ -170,6 +172,55 @@ def test_letters_typed_into_the_box_are_not_votes(visit: Visit, fake: Fake) -> N
     page.keyboard.press("3")  # there is no third reply
     time.sleep(0.5)
     assert fake.votes == []
+
+
+def test_single_keys_can_be_switched_off_for_good(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    page.evaluate("document.querySelector('#single-keys').click()")
+    visit.send("Hello")
+    page.keyboard.press("2")
+    time.sleep(0.5)
+    assert fake.votes == [] and not page.locator(".hint .keys").is_visible()
+    page.reload()
+    expect(page.locator("#single-keys")).to_have_attribute("aria-pressed", "false")
+    page.evaluate("document.querySelector('#single-keys').click()")
+    visit.send("Hello again")
+    page.keyboard.press("2")
+    page.wait_for_selector('.card.chosen [data-index="1"]')
+
+
+def test_keys_in_quick_succession_all_count(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    visit.send("Hello")
+    fake.vote_s = 0.3
+    page.keyboard.press("1")
+    page.keyboard.press("2")
+    page.wait_for_selector('.card.chosen [data-index="1"]')
+    until(lambda: len(fake.votes) == 2)
+    assert [vote["favourite"] for vote in fake.votes] == [0, 1]
+
+
+def test_a_page_outlives_the_servers_memory_of_it(visit: Visit, fake: Fake) -> None:
+    """A server that was started anew, and a phone that was locked for an hour: Gradio has no state of the page any more."""
+    page = visit.open()
+    fake.conversations = [{"conversation_id": "conv-9", "title": "Bees", "updated": time.time()}]
+    visit.send("Hello")
+    page.click("#sidebar .toggle-button")
+    page.click("#history [data-act=open]")
+    page.wait_for_selector('[data-conversation="conv-9"]')
+
+    def forget() -> None:
+        for session in [found for found in gc.get_objects() if type(found) is SessionState]:
+            session.state_data.clear()
+
+    forget()
+    page.locator(".card").nth(1).click()
+    page.wait_for_selector('.card.chosen [data-index="1"]')
+    assert fake.votes == [{"comparison": "cmp-7", "favourite": 1}]
+    forget()
+    visit.send("And why?")
+    assert [m["content"] for m in fake.asked[-1]["messages"]][:1] == ["What are bees?"]
+    expect(page.locator(".thread")).to_contain_text("What are bees?")
 
 
 def test_the_pick_and_its_edit_carry_the_conversation_on(visit: Visit, fake: Fake) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 import threading
 import time
@@ -22,7 +23,7 @@ from tests.ui_fake import TEXTS, Fake, error
 from ui import cards, figures, operator, sentences
 from ui.chat import _Page
 from ui.client import ApiClient, Problem, Visitor
-from ui.exchange import Chat, Reply
+from ui.exchange import Chat, Reply, ballot
 from ui.pace import paced
 from ui.render import markdown, plain
 
@@ -116,6 +117,12 @@ def test_markdown_that_people_expect_is_shown() -> None:
     html = markdown("# Title\n\n**bold** and *it*\n\n1. one\n2. two\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n`x < y`")
     for part in ("<h3>Title</h3>", "<strong>bold</strong>", "<ol>", "<li>one</li>", "<td>1</td>", "<code>x &lt; y</code>"):
         assert part in html
+
+
+@pytest.mark.parametrize("text", ["look", "https://accounts.google.com@evil.example/"])
+def test_a_name_before_an_at_does_not_pass_for_the_host(text: str) -> None:
+    shown = markdown(f"[{text}](https://accounts.google.com@evil.example/)")
+    assert "(evil.example)" in shown
 
 
 def test_a_link_says_where_it_leads() -> None:
@@ -273,6 +280,144 @@ def test_a_page_that_is_slow_to_open_leaves_what_was_begun_meanwhile() -> None:
     asyncio.run(run())
 
 
+def at(**headers: str) -> Any:
+    """A request of a browser."""
+    return SimpleNamespace(headers=headers)
+
+
+def event(**data: Any) -> Any:
+    """What acting.js sends."""
+    return SimpleNamespace(_data=data)
+
+
+def test_a_newcomer_is_one_voter_before_the_browser_has_told_who_it_is_and_after() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        async for _ in page.asked(2, chat, None, at(), event(act="ask", text="Hi")):
+            pass
+        await page.act("", chat, None, at(), event(act="pick", index="1", comparison="cmp-1"))
+        identity = (await page.opened(None, chat, at()))[0]
+        await page.act("", chat, identity, at(), event(act="undo", comparison="cmp-1"))
+        fresh = (await page.restart(chat, None, at()))[-1]
+        await page.tick(None, fresh, at())
+        assert len(fake.votes) == len(fake.withdrawn) == 1
+        assert {headers["plaudit-voter"] for headers in fake.headers} == {identity["voter"]}
+        copied = Chat()  # as Gradio does for each tab
+        assert len({copy.deepcopy(copied).speaker() for _ in range(5)}) == 5
+
+    asyncio.run(run())
+
+
+def test_a_page_that_the_server_has_forgotten_is_found_again() -> None:
+    """The server was started anew, or Gradio gave up the state of a page that was away for an hour; the page shows what it showed."""
+    async def run() -> None:
+        fake = Fake()
+        page, who = _Page(client_of(fake.app())), {"voter": "ann"}
+        fake.asked.append({"n": 2})
+        shown = cards.exchange(Chat.reopened(await page.client.conversation(WHO, "conv-9")))
+        assert 'data-conversation="conv-9" data-comparison="cmp-7"' in shown
+        *_, chat = await page.act("", Chat(), who, at(), event(act="pick", index="1", conversation="conv-9", comparison="cmp-7"))
+        assert fake.votes == [{"comparison": "cmp-7", "favourite": 1}] and (chat.phase, chat.choice) == ("voted", 1)
+        async for _ in page.typed("And why?", 2, shown, Chat(), who, at()):
+            pass
+        asked = fake.asked[-1]
+        assert asked["metadata"]["conversation_id"] == "conv-9"
+        assert [m["content"] for m in asked["messages"]] == ["What are bees?", TEXTS[0], "And why?"]
+
+    asyncio.run(run())
+
+
+def test_replies_that_are_no_longer_the_newest_are_not_voted_on_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        await said(page, chat, "And?")
+        await page.act("", chat, {}, at(), event(act="pick", index="1", comparison="cmp-1"))
+        assert fake.votes == [] and "no longer the newest" in warned[0]
+
+    asyncio.run(run())
+
+
+def test_what_was_written_for_one_reply_survives_a_pick_and_an_edit_of_another() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+
+        async def do(draft: str, **data: Any) -> tuple:
+            return await page.act(draft, chat, {}, at(), event(comparison="cmp-1", **data))
+
+        await do("", act="edit", index="0")
+        picked = await do("Much better", act="pick", index="1")
+        assert picked[2] == picked[3] == gr.skip()  # the panel stays, with what is in it
+        assert (await do("Much better", act="edit", index="1"))[3]["value"] == TEXTS[1]
+        assert (await do("Other", act="edit", index="0"))[3]["value"] == "Much better"
+        assert (await page.save_edit("Much better", chat, {}, at()))[2]["visible"] is False
+        assert fake.votes[-1] == {"comparison": "cmp-1", "favourite": 0, "edit": "Much better"}
+        page.cancel_edit(chat)
+        assert (await do("", act="edit", index="0"))[3]["value"] == "Much better"  # which is its text now
+        await do("Not this", act="edit", index="0")
+        page.cancel_edit(chat)
+        assert (await do("", act="edit", index="0"))[3]["value"] == "Much better"
+
+    asyncio.run(run())
+
+
+def test_votes_reach_the_server_in_the_order_they_were_cast() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        fake.vote_s = 0.1
+        first = asyncio.create_task(page.cast(chat, WHO, 0, None))
+        await asyncio.sleep(0.02)
+        fake.vote_s = 0.0
+        await asyncio.gather(first, page.cast(chat, WHO, 1, None))
+        assert [vote["favourite"] for vote in fake.votes] == [0, 1] and chat.choice == 1
+
+    asyncio.run(run())
+
+
+def test_erasing_another_conversation_stops_what_is_written_and_says_so() -> None:
+    async def run() -> None:
+        page, chat = _Page(client_of(Fake().app())), Chat()
+        chat.begin("Hi", 2)
+        left = await page.past(chat, {}, at(), event(act="erase", id="conv-8"))
+        assert chat.phase == "stopped" and "Try again" in left[1]
+        assert left[2]["visible"] and not left[3]["visible"] and left[-1] is chat
+
+    asyncio.run(run())
+
+
+def test_a_message_that_was_not_answered_comes_back_only_into_an_empty_box() -> None:
+    async def run() -> None:
+        fake = Fake()
+        fake.fail = error(503, "starting")
+        page, chat = _Page(client_of(fake.app())), Chat()
+        assert all(update[0] in ("", gr.skip()) for update in await said(page, chat, "Hi"))
+        assert (await page.refresh("", chat, {}, at()))[0] == "Hi"
+        assert (await page.refresh("the next one", chat, {}, at()))[0] == gr.skip()
+        fake.fail = None
+        async for update in page.asked(2, chat, {}, at(), event(act="retry")):
+            assert update[0] == gr.skip()  # what is in the box is not what is tried again
+        assert chat.phase == "choosing" and (await page.refresh("", chat, {}, at()))[0] == gr.skip()
+
+    asyncio.run(run())
+
+
+def test_the_operator_page_offers_what_can_be_done_with_the_learner() -> None:
+    assert 'data-act="resume"' in figures.learner({"state": "ppo", "paused": True}) and "no round follows" in figures.learner({"state": "ppo", "paused": True})
+    assert 'data-act="pause"' in figures.learner({"state": "ppo", "paused": False})
+    off = figures.learner({"state": "paused", "paused": False, "off": True, "reason": "no learner runs here"})
+    assert "Not running" in off and "no learner runs here" in off and "data-act" not in off
+    assert "switched off" in sentences.learning({"learner_state": "off"})
+
+
 def test_going_back_is_refused_where_the_version_before_is_another_by_now() -> None:
     async def run() -> None:
         fake = Fake()
@@ -362,6 +507,15 @@ def test_every_failure_is_a_plain_sentence(answer, sentence: str) -> None:
     assert sentence in said
     assert said[0].isupper() and said.endswith(".") and "Traceback" not in said
     assert caught.value.needs_key == (answer.status_code == 401)
+
+
+def test_a_key_that_was_sent_and_refused_is_told_from_none() -> None:
+    fake = Fake()
+    fake.key = "right"
+    with pytest.raises(Problem, match="This key is not known"):
+        asyncio.run(client_of(fake.app()).status(Visitor("ann", "wrong")))
+    with pytest.raises(Problem, match="needs a key"):
+        asyncio.run(client_of(fake.app()).status(Visitor("ann")))
 
 
 def test_a_server_that_is_gone_or_is_something_else_is_a_plain_sentence() -> None:
@@ -454,7 +608,7 @@ def test_forgetting_halves_what_is_sent_and_the_page_says_so() -> None:
     ],
 )
 def test_votes_have_the_shape_of_the_contract(choice, edit, body: dict) -> None:
-    assert Chat(choice=choice, edit=edit).vote() == body
+    assert ballot(choice, edit) == body
 
 
 def test_a_reply_that_reads_like_another_says_so_once_all_are_there() -> None:

@@ -67,8 +67,11 @@ def exchange(chat: Chat) -> str:
     problem = f'<p class="problem" role="alert">{plain(chat.problem)}</p>' if chat.problem else ""
     hide_cards = chat.phase == "failed" and not any(reply.text for reply in chat.replies)
     shown = "" if hide_cards else f'<div class="cards" aria-busy="{busy}">{cards}</div>'
+    ids = "".join(  # by which the page is found again should the server have forgotten it
+        f' data-{name}="{plain(value)}"' for name, value in (("conversation", chat.conversation_id), ("comparison", chat.comparison_id)) if value
+    )
     return (
-        f'<section class="exchange k{len(chat.replies)} {chat.phase}" data-phase="{chat.phase}" data-turn="{chat.number}" '
+        f'<section class="exchange k{len(chat.replies)} {chat.phase}" data-phase="{chat.phase}" data-turn="{chat.number}"{ids} '
         f'aria-label="Your message and its replies">{_said(chat.message)}{shown}{problem}{_choices(chat)}</section>'
     )
 
@@ -137,6 +140,11 @@ def _choices(chat: Chat) -> str:
 def status(line: str) -> str:
     """The line under the box, read out to those who cannot see it change."""
     return f'<p role="status">{line}</p>'
+
+
+def keys_switch() -> str:
+    """The switch of the single keys; keys.js owns what it does."""
+    return '<button type="button" id="single-keys" class="switch" aria-pressed="true">Single keys pick and vote</button>'
 
 
 def trouble(problem: Exception) -> str:

@@ -5,6 +5,7 @@ Owns which event changes what on the page. State is in `ui.exchange`, HTML in `u
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,24 +14,25 @@ import gradio as gr
 
 from ui import cards
 from ui.client import ApiClient, Piece, Problem, Visitor
-from ui.exchange import Chat
+from ui.exchange import Chat, ballot
 from ui.pace import paced
 from ui.sentences import status_line
 from ui.theme import ACTING, HIDDEN
 
 POLL_S = 2.0
 MAX_REPLIES = 4
+SHOWN = re.compile(r'data-conversation="([^"]+)"')  # in the exchange's own HTML
 
 
-def new_identity(identity: Any) -> dict[str, str]:
-    """What this browser keeps: a random voter id, made once, and perhaps a key."""
+def new_identity(identity: Any, voter: str = "") -> dict[str, str]:
+    """What this browser keeps: a random voter id, made once (`voter`, if it has spoken as that already), and perhaps a key."""
     known = identity if isinstance(identity, dict) else {}
-    return {"voter": str(known.get("voter") or secrets.token_urlsafe(18)), "key": str(known.get("key") or "")}
+    return {"voter": str(known.get("voter") or voter or secrets.token_urlsafe(18)), "key": str(known.get("key") or "")}
 
 
-def visitor_of(identity: Any, request: gr.Request) -> Visitor:
-    """Who the browser behind `request` is."""
-    known, headers = new_identity(identity), request.headers
+def visitor_of(identity: Any, request: gr.Request, chat: Chat | None = None) -> Visitor:
+    """Who the browser behind `request` is. A new one's `identity` comes with its first answer: until then `chat` says who speaks."""
+    known, headers = new_identity(identity, chat.speaker() if chat else ""), request.headers
     return Visitor(known["voter"], known["key"], headers.get("host") or "", headers.get("origin") or "")
 
 
@@ -42,7 +44,7 @@ class _Page:
 
     async def opened(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """identity, masthead, history, status, key panel: what a fresh page shows. The chat stays: somebody may have begun one already."""
-        identity = new_identity(identity)
+        identity = new_identity(identity, chat.speaker())
         who = visitor_of(identity, request)
         try:
             status = await self.client.status(who)
@@ -64,7 +66,7 @@ class _Page:
     async def tick(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """masthead, status: asked for every two seconds."""
         try:
-            status = await self.client.status(visitor_of(identity, request))
+            status = await self.client.status(visitor_of(identity, request, chat))
         except Problem as problem:
             return gr.skip(), cards.status(cards.trouble(problem))
         chat.live_when_opened = chat.live_when_opened or status.get("live")
@@ -73,26 +75,41 @@ class _Page:
             cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)),
         )
 
+    async def found_again(self, chat: Chat, who: Visitor, conversation: str | None) -> Chat:
+        """What the page shows, where the server has forgotten it: it was started anew, or the page was away for an hour."""
+        if conversation is None or chat.phase != "empty" or chat.turns:
+            return chat
+        try:
+            return Chat.reopened(await self.client.conversation(who, conversation)).after(chat)
+        except Problem as problem:
+            gr.Warning(str(problem))
+            return chat
+
     async def typed(
-        self, text: str, n: int, chat: Chat, identity: Any, request: gr.Request
+        self, text: str, n: int, shown: str, chat: Chat, identity: Any, request: gr.Request
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """A message was sent from the box."""
-        async for update in self.converse(text, n, chat, visitor_of(identity, request)):
+        """A message was sent from the box. shown: the exchange's HTML as the page has it."""
+        who, conversation = visitor_of(identity, request, chat), SHOWN.search(shown or "")
+        chat = await self.found_again(chat, who, conversation and conversation[1])
+        async for update in self.converse(text, n, chat, who):
             yield update
 
     async def asked(
         self, n: int, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData
     ) -> AsyncIterator[tuple[Any, ...]]:
         """An example was clicked, or the last message is tried again."""
-        text = event._data.get("text") or ""
+        text, who = event._data.get("text") or "", visitor_of(identity, request, chat)
         if event._data.get("act") in ("retry", "shorter"):
+            chat = await self.found_again(chat, who, event._data.get("conversation"))
             text = chat.message
+            if not text:
+                gr.Warning("This page was away for too long. Please write your message again.")
             if event._data.get("act") == "shorter":
                 chat.forget()
             if chat.choice == "none":  # nothing of it goes on; do not keep an empty turn as well
                 chat.phase = "stopped"
-        async for update in self.converse(text, n, chat, visitor_of(identity, request)):
-            yield update
+        async for _, *rest in self.converse(text, n, chat, who):
+            yield gr.skip(), *rest  # what is in the box was not sent
 
     async def converse(self, text: str, n: int, chat: Chat, who: Visitor) -> AsyncIterator[tuple[Any, ...]]:
         """box, thread, exchange, send, stop, edit panel, key panel, chat: while the replies are written."""
@@ -124,7 +141,7 @@ class _Page:
         chat.phase, chat.problem = ("failed", str(problem)) if problem else ("choosing", "")
         chat.too_long = problem is not None and problem.too_long and bool(chat.history())
         yield (
-            text if problem else gr.skip(), gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(),
+            gr.skip(), gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(),
             _shown(True) if problem and problem.needs_key else gr.skip(), chat,
         )
 
@@ -134,14 +151,18 @@ class _Page:
             chat.phase = "stopped"
         return cards.exchange(chat), _shown(True), _shown(False), chat
 
-    async def act(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
+    async def act(self, draft: str, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
         """exchange, status, edit panel, edit box, key panel, chat: a card or a button of the exchange was used."""
-        data, who = event._data, visitor_of(identity, request)
+        data, who = event._data, visitor_of(identity, request, chat)
+        chat = await self.found_again(chat, who, data.get("conversation"))
         act, index = data.get("act"), _index(data, chat)
-        if chat.comparison_id is None or chat.phase not in ("choosing", "voted"):
+        if chat.phase not in ("empty", "choosing", "voted"):
+            return (*(gr.skip(),) * 5, chat)
+        if chat.comparison_id is None or chat.comparison_id != data.get("comparison"):
+            gr.Warning("These replies are no longer the newest of this conversation. Please open it again, from the list at the side.")
             return (*(gr.skip(),) * 5, chat)
         if act == "edit":
-            return _open_editor(chat, index)
+            return _open_editor(chat, index, draft)
         if act == "undo":
             return await self.undo(chat, who)
         choice = index if act == "pick" else act if act in ("tie", "none") else None
@@ -151,40 +172,43 @@ class _Page:
 
     async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None) -> tuple[Any, ...]:
         """Send the vote; the page says it is saved only after the server has said so, if it still shows what was voted on."""
-        before, number = (chat.choice, chat.edit), chat.number
-        chat.choice, chat.edit = choice, edit
-        try:
-            answer = await self.client.vote(who, str(chat.comparison_id), chat.vote())
-        except Problem as problem:
+        number, comparison_id = chat.number, str(chat.comparison_id)
+        async with chat.voting:
+            before = (chat.choice, chat.edit)
+            if chat.number == number:  # else the exchange it is about is settled, and has what was picked before
+                chat.choice, chat.edit = choice, edit
+            try:
+                answer = await self.client.vote(who, comparison_id, ballot(choice, edit))
+            except Problem as problem:
+                if chat.number != number:
+                    gr.Warning(f"Your pick is not saved. {problem}")
+                    return _left()
+                chat.choice, chat.edit = before
+                chat.problem = f"Your pick is not saved. {problem}"
+                return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), _shown(problem.needs_key), chat
             if chat.number != number:
-                gr.Warning(f"Your pick is not saved. {problem}")
                 return _left()
-            chat.choice, chat.edit = before
-            chat.problem = f"Your pick is not saved. {problem}"
-            return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), _shown(problem.needs_key), chat
-        if chat.number != number:
-            return _left()
-        chat.reveal(answer.get("choices"))
-        chat.phase, chat.problem, chat.editing = "voted", "", None
-        chat.saved = _saved(choice, edit)
+            chat.reveal(answer.get("choices"))
+            chat.phase, chat.problem, chat.saved = "voted", "", _saved(choice, edit)
         line = await self.line(chat, who)
-        return (cards.exchange(chat), line, _shown(False), gr.skip(), gr.skip(), chat) if chat.number == number else _left()
+        return (cards.exchange(chat), line, gr.skip(), gr.skip(), gr.skip(), chat) if chat.number == number else _left()
 
     async def undo(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
         """Withdraw the vote."""
-        number = chat.number
-        try:
-            await self.client.withdraw(who, str(chat.comparison_id))
-        except Problem as problem:
+        number, comparison_id = chat.number, str(chat.comparison_id)
+        async with chat.voting:
+            try:
+                await self.client.withdraw(who, comparison_id)
+            except Problem as problem:
+                if chat.number != number:
+                    gr.Warning(f"Your pick could not be taken back. {problem}")
+                    return _left()
+                chat.problem = f"Your pick could not be taken back. {problem}"
+                return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), gr.skip(), chat
             if chat.number != number:
-                gr.Warning(f"Your pick could not be taken back. {problem}")
                 return _left()
-            chat.problem = f"Your pick could not be taken back. {problem}"
-            return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), gr.skip(), chat
-        if chat.number != number:
-            return _left()
-        chat.choice = chat.edit = chat.editing = None
-        chat.phase, chat.problem, chat.saved = "choosing", "", "Your pick is taken back."
+            chat.choice = chat.edit = chat.editing = None
+            chat.phase, chat.problem, chat.saved, chat.drafts = "choosing", "", "Your pick is taken back.", {}
         line = await self.line(chat, who)
         return (cards.exchange(chat), line, _shown(False), gr.skip(), gr.skip(), chat) if chat.number == number else _left()
 
@@ -195,7 +219,18 @@ class _Page:
             return gr.skip(), gr.skip(), _shown(bool(index is not None)), gr.skip(), gr.skip(), chat
         choice = "none" if index < 0 else index
         unchanged = index >= 0 and text == chat.replies[index].text.strip()
-        return await self.cast(chat, visitor_of(identity, request), choice, None if unchanged else text)
+        exchange, line, _, *rest = await self.cast(chat, visitor_of(identity, request, chat), choice, None if unchanged else text)
+        if saved := chat.phase == "voted" and not chat.problem:
+            chat.editing = None
+            chat.drafts.pop(index, None)
+        return exchange, line, _shown(False) if saved else gr.skip(), *rest
+
+    def cancel_edit(self, chat: Chat) -> tuple[Any, ...]:
+        """edit panel, chat: what was written is not wanted."""
+        if chat.editing is not None:
+            chat.drafts.pop(chat.editing, None)
+        chat.editing = None
+        return _shown(False), chat
 
     async def line(self, chat: Chat, who: Visitor) -> str:
         """The status line as of now."""
@@ -207,27 +242,25 @@ class _Page:
 
     async def restart(self, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """thread, exchange, send, stop, edit panel, history, chat: a new conversation."""
-        fresh = Chat(live_when_opened=chat.live_when_opened, number=chat.number + 1)
+        fresh = Chat().after(chat)
         chat.phase, chat.number = "stopped", fresh.number  # whatever is under way for it is no longer shown
-        return await self._switched(fresh, visitor_of(identity, request))
+        return await self._switched(fresh, visitor_of(identity, request, chat))
 
     async def past(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
         """The same outputs: an old conversation was opened or erased."""
-        who, data = visitor_of(identity, request), event._data
-        fresh = Chat(live_when_opened=chat.live_when_opened, number=chat.number + 1)
+        who, data, fresh = visitor_of(identity, request, chat), event._data, Chat().after(chat)
         chosen = str(data.get("id") or "")
-        chat.phase = "stopped" if chat.phase == "streaming" else chat.phase
+        chat.phase = "stopped" if chat.phase == "streaming" else chat.phase  # Gradio has cancelled what was being written
         try:
             if data.get("act") == "erase":
                 await self.client.erase(who, chosen)
                 if chosen != chat.conversation_id:
-                    return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
+                    return await self._stays(chat, who)
             else:
-                fresh = Chat.reopened(await self.client.conversation(who, chosen))
-                fresh.live_when_opened, fresh.number = chat.live_when_opened, chat.number + 1
+                fresh = Chat.reopened(await self.client.conversation(who, chosen)).after(chat)
         except Problem as problem:
             gr.Warning(str(problem))
-            return (*(gr.skip(),) * 5, await self.listed(who, chat), chat)
+            return await self._stays(chat, who)
         chat.number = fresh.number
         return await self._switched(fresh, who)
 
@@ -237,9 +270,14 @@ class _Page:
             await self.listed(who, chat), chat,
         )
 
-    async def refresh(self, chat: Chat, identity: Any, request: gr.Request) -> str:
-        """The list of past conversations after an exchange."""
-        return await self.listed(visitor_of(identity, request), chat)
+    async def _stays(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
+        """The conversation stays, with what was being written stopped."""
+        return gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(), await self.listed(who, chat), chat
+
+    async def refresh(self, typed: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
+        """box, history after an exchange. A message that was not answered is given back, unless the next one is being written."""
+        back = chat.message if chat.phase == "failed" and not typed.strip() else gr.skip()
+        return back, await self.listed(visitor_of(identity, request, chat), chat)
 
     def keep_key(self, key: str, identity: Any) -> tuple[Any, ...]:
         """identity, key box: remember the key in this browser; an empty one forgets it."""
@@ -254,14 +292,13 @@ def _take_in(chat: Chat, batch: list[Piece]) -> str | None:
     return next((piece.conversation_id for piece in batch if piece.conversation_id), None)
 
 
-def _open_editor(chat: Chat, index: int | None) -> tuple[Any, ...]:
-    if index is None:
-        index = chat.choice if isinstance(chat.choice, int) else -1 if chat.choice == "none" else None
-    if index is None:
-        chat.problem = "Pick a reply first, then press E to improve it."
-        return cards.exchange(chat), gr.skip(), gr.skip(), gr.skip(), gr.skip(), chat
+def _open_editor(chat: Chat, index: int | None, draft: str) -> tuple[Any, ...]:
+    index = -1 if index is None else index  # a reply written from nothing
+    if chat.editing is not None:
+        chat.drafts[chat.editing] = draft or ""  # not saved, and not lost
     chat.editing, chat.problem = index, ""
-    text = chat.edit if chat.edit and chat.choice in (index, "none") else chat.replies[index].text if index >= 0 else ""
+    saved = chat.edit if chat.edit and chat.choice in (index, "none") else chat.replies[index].text if index >= 0 else ""
+    text = chat.drafts.get(index, saved)
     label = f"Make reply {index + 1} better" if index >= 0 else "Write the reply you would have liked"
     return cards.exchange(chat), gr.skip(), _shown(True), gr.update(value=text, label=label), gr.skip(), chat
 
@@ -298,6 +335,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         with gr.Sidebar(open=False, width=280, elem_id="sidebar"):
             fresh = gr.Button("New conversation", elem_id="fresh", size="md")
             history = gr.HTML(cards.past([], None), js_on_load=ACTING, elem_id="history", apply_default_css=False)
+            gr.HTML(cards.keys_switch(), js_on_load=None, elem_id="keys", apply_default_css=False)
         masthead = gr.HTML(cards.masthead("chat"), elem_id="top", js_on_load=None, apply_default_css=False)
         with gr.Column(elem_id="page"):
             with gr.Column(visible=False, elem_id="key-panel", elem_classes="sheet") as key_panel:
@@ -335,18 +373,18 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         page.load(on.opened, [identity, chat], opened, **HIDDEN)
         timer.tick(on.tick, [identity, chat], [masthead, status], **HIDDEN)
         streams = [
-            box.submit(on.typed, [box, replies, chat, identity], talk, **HIDDEN),
-            send.click(on.typed, [box, replies, chat, identity], talk, **HIDDEN),
+            box.submit(on.typed, [box, replies, exchange, chat, identity], talk, **HIDDEN),
+            send.click(on.typed, [box, replies, exchange, chat, identity], talk, **HIDDEN),
             thread.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
             exchange.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
         ]
         for stream in streams:
-            stream.then(on.refresh, [chat, identity], [history], **HIDDEN)
+            stream.then(on.refresh, [box, chat, identity], [box, history], **HIDDEN)
         stop.click(on.stop, [chat], [exchange, send, stop, chat], cancels=streams, **HIDDEN)
-        exchange.act(on.act, [chat, identity], acted, **HIDDEN)
+        exchange.act(on.act, [draft, chat, identity], acted, trigger_mode="multiple", **HIDDEN)  # a quick second key is one, too
         save.click(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
         draft.submit(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
-        drop.click(lambda: _shown(False), None, [editor], **HIDDEN)
+        drop.click(on.cancel_edit, [chat], [editor, chat], **HIDDEN)
         fresh.click(on.restart, [chat, identity], switched, cancels=streams, **HIDDEN)
         history.act(on.past, [chat, identity], switched, cancels=streams, **HIDDEN)
         for trigger in (keep.click, key.submit):

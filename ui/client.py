@@ -171,7 +171,6 @@ class ApiClient:
         return await self._call("POST", f"/v1/learner/{_part(action)}", who)
 
     async def _call(self, method: str, path: str, who: Visitor, body: JSON | None = None) -> JSON:
-        # A POST without a body still says JSON: the server answers 415 to anything else.
         content: JSON = {"json": body or {}} if method in ("POST", "PUT") else {}
         try:
             answer = await self._http.request(method, path, headers=who.headers, **content)
@@ -218,6 +217,8 @@ def problem_of(answer: httpx.Response) -> Problem:
     said, code = _said(body), _said(body, "code")
     if code == "context_length_exceeded":
         sentence = "This conversation has become too long for this model."
+    elif status == 401 and "authorization" in answer.request.headers:
+        sentence = "This key is not known to the server. Please check it, or ask the person who runs it for another."
     elif status == 401:
         sentence = "This server needs a key. Ask the person who runs it, and paste the key here."
     elif status == 403:

@@ -8,6 +8,8 @@ Owns what the next request's history is. Knows nothing of HTML, HTTP or Gradio.
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,10 +35,17 @@ class Turn:
     note: str = ""
 
 
+def ballot(choice: int | str, edit: str | None = None) -> dict[str, Any]:
+    """The vote for a choice, as the API takes it."""
+    body: dict[str, Any] = {"favourite": choice} if isinstance(choice, int) else {"verdict": choice}
+    return body | ({"edit": edit} if edit else {})
+
+
 @dataclass
 class Chat:
     """The state of one browser tab."""
 
+    voter: str = ""  # see `speaker`
     conversation_id: str | None = None
     turns: list[Turn] = field(default_factory=list)
     phase: Phase = "empty"
@@ -46,12 +55,19 @@ class Chat:
     choice: int | Literal["tie", "none"] | None = None
     edit: str | None = None
     editing: int | None = None  # the reply in the edit box; -1 is a reply written from nothing
+    drafts: dict[int, str] = field(default_factory=dict)  # what was written for other replies and not saved
+    voting: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False, compare=False)  # votes go out one after the other, as they were cast
     problem: str = ""
     too_long: bool = False  # the problem is that the conversation no longer fits the model
     unseen: int = 0  # the oldest turns, which are no longer sent
     saved: str = ""  # what happened to the last vote, as a sentence
     live_when_opened: str | None = None
     number: int = 0  # of the open exchange, counted up
+
+    def speaker(self) -> str:
+        """A voter id of this tab's own: who speaks until the browser has told who it is. (Made late: Gradio copies one Chat for all tabs.)"""
+        self.voter = self.voter or secrets.token_urlsafe(18)
+        return self.voter
 
     def history(self) -> list[dict[str, str]]:
         """The settled turns as chat messages; turns without a reply stay out, so that roles alternate."""
@@ -79,7 +95,12 @@ class Chat:
             self.turns.append(self._settled())
         self.phase, self.message, self.replies, self.comparison_id = "empty", "", [], None
         self.choice = self.edit = self.editing = None
-        self.problem, self.saved, self.too_long = "", "", False
+        self.problem, self.saved, self.too_long, self.drafts = "", "", False, {}
+
+    def after(self, other: Chat) -> Chat:
+        """Itself, as what this tab shows after `other`."""
+        self.voter, self.live_when_opened, self.number = other.speaker(), other.live_when_opened, other.number + 1
+        return self
 
     def _settled(self) -> Turn:
         if self.choice == "none":
@@ -103,13 +124,6 @@ class Chat:
         """The first reply before this one that reads the same, if any."""
         text = self.replies[index].text.strip()
         return next((i for i in range(index) if text and self.replies[i].text.strip() == text), None)
-
-    def vote(self) -> dict[str, Any]:
-        """The vote of the choice made, as the API takes it."""
-        body: dict[str, Any] = (
-            {"favourite": self.choice} if isinstance(self.choice, int) else {"verdict": self.choice}
-        )
-        return body | ({"edit": self.edit} if self.edit else {})
 
     @classmethod
     def reopened(cls, conversation: dict[str, Any]) -> Chat:

@@ -121,8 +121,8 @@ def overview(adapters: JSON, stats: JSON) -> str:
 
 
 def learner(state: JSON) -> str:
-    """What the learner is doing, with buttons."""
-    name = state.get("state")
+    """What the learner is doing, with buttons, if there is one."""
+    name = "off" if state.get("off") else state.get("state")
     words = STATES.get(name, plain(name or "Unknown")) if isinstance(name, str) else "Unknown"
     done = fraction(state.get("progress"))
     working = name in ("finetuning", "training_reward", "ppo", "gating")
@@ -135,14 +135,17 @@ def learner(state: JSON) -> str:
         f"round {int(n)}" if (n := number(state.get("round"))) is not None and working else "",
         f"{count(int(pending), 'new vote')}" if pending is not None else "",
         f"{int(left)} more until the next round" if left and not working else "",
+        "paused: no round follows this one" if working and state.get("paused") else "",
     ]
     reason = "".join(f'<p class="note">{plain(text)}</p>' for text in (state.get("reason"), _verdict_words(state)) if text)
-    pause = ("resume", "Resume") if name == "paused" else ("pause", "Pause")
+    pause = ("resume", "Resume") if state.get("paused") else ("pause", "Pause")
+    buttons = "" if name == "off" else (
+        '<div class="choices"><button type="button" class="choice" data-act="run">Run a round now</button>'
+        f'<button type="button" class="choice" data-act="{pause[0]}">{pause[1]}</button></div>'
+    )
     return (
         f'<section class="tile" aria-labelledby="learner-h"><h2 id="learner-h">Learner</h2><p class="big {plain(name or "")}">{words}</p>'
-        f'<div class="bar">{bar}</div><p class="note">{" · ".join(filter(None, facts))}</p>{reason}'
-        '<div class="choices"><button type="button" class="choice" data-act="run">Run a round now</button>'
-        f'<button type="button" class="choice" data-act="{pause[0]}">{pause[1]}</button></div></section>'
+        f'<div class="bar">{bar}</div><p class="note">{" · ".join(filter(None, facts))}</p>{reason}{buttons}</section>'
     )
 
 

@@ -4,7 +4,24 @@
   const composer = () => document.querySelector("#composer textarea");
   const typing = (node) => node && (node.isContentEditable || /^(input|textarea|select)$/i.test(node.tagName));
 
+  // Single keys can be switched off, in this browser: speech input types them unasked.
+  const KEYS = "plaudit.keys";
+  const off = () => localStorage.getItem(KEYS) === "off";
+
+  function toggle(event) {
+    if (!event.target.closest || !event.target.closest("#single-keys")) return;
+    localStorage.setItem(KEYS, off() ? "on" : "off");
+    showKeys();
+  }
+
+  function showKeys() {
+    const button = document.querySelector("#single-keys");
+    if (button && button.getAttribute("aria-pressed") !== String(!off())) button.setAttribute("aria-pressed", String(!off()));
+    document.documentElement.classList.toggle("no-keys", off());
+  }
+
   function press(event) {
+    if (off()) return;
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
     const node = event.target;
     if (typing(node)) {
@@ -73,6 +90,7 @@
   document.addEventListener("keydown", press);
   document.addEventListener("keydown", sent, true);
   document.addEventListener("click", sent, true);
+  document.addEventListener("click", toggle);
   let queued = false;
   new MutationObserver(() => {
     if (queued) return;
@@ -80,6 +98,7 @@
     requestAnimationFrame(() => {
       queued = false;
       localTimes(document);
+      showKeys();
       follow();
     });
   }).observe(document.documentElement, { childList: true, subtree: true, characterData: true });

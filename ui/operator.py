@@ -64,7 +64,7 @@ class _Page:
         """pending, confirmation, question, said: run, pause and resume at once; promote and roll back after asking."""
         act, version = event._data.get("act"), str(event._data.get("version") or "")
         if act in ("run", "pause", "resume"):
-            return None, gr.update(visible=False), gr.skip(), await self.steer(visitor_of(identity, request), act)
+            return None, gr.update(visible=False), gr.skip(), cards.status(await self.steer(visitor_of(identity, request), act))
         if act not in ("promote", "rollback") or not version:
             return None, gr.update(visible=False), gr.skip(), gr.skip()
         verb = "Make" if act == "promote" else "Go back to"
@@ -92,8 +92,8 @@ class _Page:
                 raise Problem(f"The version before the live one is {version_name(before) if before else 'none'} by now: look again.")
             answer = await (self.client.promote(who, version) if act == "promote" else self.client.rollback(who))
         except Problem as problem:
-            return None, gr.update(visible=False), cards.trouble(problem)
-        return None, gr.update(visible=False), f"Done: {version_name(answer.get('live') or version)} is live."
+            return None, gr.update(visible=False), cards.status(cards.trouble(problem))
+        return None, gr.update(visible=False), cards.status(f"Done: {version_name(answer.get('live') or version)} is live.")
 
     def keep_key(self, key: str, identity: Any) -> tuple[Any, ...]:
         """identity, key box."""
@@ -123,7 +123,7 @@ def build_operator(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
             with gr.Row(elem_id="tiles", equal_height=True):
                 live = _part("live", acting=True)
                 learner = _part("learner", acting=True)
-            said = _part("said")
+            said = _part("said", cards.status(""))
             with gr.Column(visible=False, elem_id="confirm", elem_classes="sheet") as confirm:
                 question = _part("question")
                 with gr.Row():

@@ -37,8 +37,8 @@ def _allowed(url: str) -> bool:
     return bool(LINK.match(url))
 
 
-def _host(url: str) -> str:
-    """The host of `url`; all of it where that is none that a standard knows, such as one in square brackets."""
+def _netloc(url: str) -> str:
+    """What names the host in `url`, a user before an @ included; all of it where it is none that a standard knows, such as one in square brackets."""
     try:
         return urlsplit(url).netloc
     except ValueError:
@@ -61,9 +61,9 @@ class _Renderer(RendererHTML):
     def link_close(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         """The end of a link and, where its text does not say so, the host it leads to."""
         opening = next(i for i in range(index - 1, -1, -1) if tokens[i].type == "link_open")
-        host = _host(str(tokens[opening].attrGet("href") or ""))
+        host = _netloc(str(tokens[opening].attrGet("href") or "")).rpartition("@")[2]  # a user may be named like another host
         shown = "".join(token.content for token in tokens[opening + 1 : index])
-        return "</a>" if shown.startswith(("http://", "https://")) and _host(shown) == host else (
+        return "</a>" if shown.startswith(("http://", "https://")) and _netloc(shown) == host else (
             f'</a> <span class="link-host">({plain(host)})</span>'
         )
 
