@@ -158,9 +158,9 @@ def main() -> int:
     except ContestError as error:
         print(error, file=sys.stderr)
         return 1
-    met = all(row["met"] for row in rows)
+    met = {f"{row['model']} {row['load']} {row['kind']}": row["met"] for row in rows}
     print(json.dumps({"benchmark": "llama", "threads": args.threads, "repeats": args.repeats, "met": met, "int8": cost, "rows": rows}))
-    return 0 if met else 1
+    return 0 if all(met.values()) else 1
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from learner.prompts import prompts_from
 PROMPTS = SHARED / "alpaca_eval_prompts.jsonl.gz"
 
 
-def main() -> None:
-    """Run the benchmark."""
+def main() -> int:
+    """Run the benchmark; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--rows", type=int, help="only the first so many")
@@ -41,7 +41,9 @@ def main() -> None:
     with serving("--no-learner", *(["--model", args.model] if args.model else [])) as server:
         report = replay(server.url, prompts, args.clients, args.n, args.max_tokens)
         report["ready_s"] = round(server.ready_s, 2)
+    report["met"] = {"all answered": report["outcomes"].get("answered") == report["prompts"]}
     print(json.dumps(report))
+    return 0 if all(report["met"].values()) else 1
 
 
 def replay(url: str, prompts: list[str], clients: int, n: int, max_tokens: int) -> dict[str, Any]:
@@ -105,4 +107,4 @@ def replay(url: str, prompts: list[str], clients: int, n: int, max_tokens: int) 
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

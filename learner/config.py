@@ -88,7 +88,7 @@ class PPOConfig:
     patience: int = 2  # looks in a row that lie `part` under the best, and the score does not, before the run goes back to the best
     part: float = 0.5  # deviations of the reference's replies
     chunk_tokens: int = 0  # padded tokens of one forward pass at most, four times as many where replies share a prompt; 0: as suits the device (`learner/batching.py`)
-    whiten_rewards: bool = True
+    whiten_rewards: bool = True  # estimator "gae" alone: what a least-squares value is fitted to must stay in the units of the score
     whiten_advantages: bool = True
     max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it
 
@@ -166,9 +166,9 @@ class LearnerConfig:
     round_votes: int = 16  # new standing votes that start a round
     min_votes: int = 8  # fewer strict votes than this and the reward model is not even tried
     seed: int = 0  # round n uses seed + n
-    reference: str = "auto"  # frozen policy of the KL: "auto" (newest sft version, else base), "base" or a version
-    held_out_prompts: float = 0.2  # share of people's prompts kept from PPO for the gate
-    practice_prompts: int = 144  # prompts of the pool make up this many to practise on where people's own are fewer
+    reference: str = "auto"  # frozen policy of the KL: "auto" (the finetuned version that the live one comes from, else base), "base" or a version
+    held_out_prompts: float = 0.2  # share of people's prompts (by conversation) kept from PPO for the gate, in every round the same ones
+    practice_prompts: int = 144  # prompts of the pool make up this many to practise on where people's own are fewer; of a pool that an operator gave, as many as people's own at least
     pool: str = ""  # a file of prompts (a line each, or JSONL) to practise on and be judged on; "" = the bundled ones
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database

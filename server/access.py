@@ -22,7 +22,7 @@ def runtime_of(request: Request) -> Runtime:
 
 
 async def user(request: Request) -> Identity:
-    """Who is asking. Raises 401 without a good key, 403 for a foreign web page, 429 over quota, 503 while draining."""
+    """Who is asking. Raises 401 without a good key, 403 for a foreign web page, 429 over quota."""
     runtime: Runtime = request.app.state.runtime
     if len(runtime.keyring):
         identity = await _by_key(request, runtime)

@@ -1,7 +1,7 @@
 """Which of the sampled candidates are worth a person's look: those whose vote is expected to teach most.
 
 Pure: the reward members' scores of the candidates in, the indices to show out. Does not sample, score
-(`server/taste.py`) or serve, and knows nothing of what comparisons were drawn at random instead.
+(`server/heads.py`) or serve, and knows nothing of what comparisons were drawn at random instead.
 """
 
 from __future__ import annotations
