@@ -2,10 +2,10 @@
 
     make peers, then python -m benchmarks.llama [--models S M] [--quick] [--threads N] [--repeats N]
 
-Random Llamas in the shapes of `benchmarks/engine.py`; prompts of 256 tokens (160 to 256 where people come), 64 new ones. Loads: one prompt
-with K = 4 replies, its first tokens alone, and 8 and 32 people at once. Contestants in processes of their own take turns: our engine and
-llama.cpp, each in float32, and each with weights of 8 bits. llama.cpp is told what it likes: K replies share a prompt's cells, people have
-cells of their own, every step decodes all. First both sides answer a prompt greedily in float32, which must be the same tokens.
+Random Llamas in the shapes of `benchmarks/engine.py`. Loads: one prompt of 256 tokens with K = 4 replies of 64, its first tokens alone, and
+8 and 32 people who come as in `benchmarks/load.py` (Poisson arrivals, mixed lengths, the same for both sides). Contestants in processes of
+their own take turns: our engine and llama.cpp, each in float32, and each with weights of 8 bits. llama.cpp is told what it likes: K replies share
+a prompt's cells, people have cells of their own, every step decodes all who are being answered and reads one new prompt. First both sides answer a prompt greedily in float32, which must be the same tokens.
 What 8 bits cost in quality is measured on the bundled starter: its float32 replies to held-out prompts, decoded again token by token
 with 8 bits; KL of the next token and how often the likeliest one is the same. Medians; JSON last; exit status 1 when a target is missed.
 """
@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.contest import Contestant, ContestError, Finished, Turns, peer_python
 from benchmarks.engine import NEW, PROMPT, REPLIES, SHAPES
+from benchmarks.load import EACH
 
 TARGETS = {("S", "K=4"): 1.0, ("M", "K=4"): 0.9, **{(m, f"{n} people"): 1.5 for m in SHAPES for n in (8, 32)}}  # of llama.cpp's tokens a second
 KINDS = ("f32", "q8")
@@ -32,15 +33,15 @@ KINDS = ("f32", "q8")
 def loads(vocab: int, new: int) -> dict[str, dict[str, Any]]:
     """What is asked for, by name."""
     draw = random.Random(1)
+    one = [[draw.randrange(2, vocab) for _ in range(PROMPT)]]
+    return {"K=4": {"prompts": one, "replies": REPLIES, "new": new}, "K=4, first token": {"prompts": one, "replies": REPLIES, "new": 1}}
 
-    def prompt(length: int) -> list[int]:
-        return [draw.randrange(2, vocab) for _ in range(length)]
 
-    one = [prompt(PROMPT)]
-    asked = {"K=4": {"prompts": one, "replies": REPLIES, "new": new}, "K=4, first token": {"prompts": one, "replies": REPLIES, "new": 1}}
-    for people in (8, 32):
-        asked[f"{people} people"] = {"prompts": [prompt(160 + 96 * i // (people - 1)) for i in range(people)], "replies": 1, "new": new}
-    return asked
+def coming(people: int, vocab: int, one: float) -> dict[str, Any]:
+    """So many people at about any time, where a request alone takes `one` second."""
+    from benchmarks.load import requests
+
+    return {"people": [(r.at, r.prompt, r.new) for r in requests(people, one / people, vocab)], "slots": people}
 
 
 def measure(peer: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -60,13 +61,17 @@ def measure(peer: Path, name: str, args: argparse.Namespace) -> list[dict[str, A
         greedy = {n: side.turn(**asked["K=4"] | {"replies": 1, "greedy": True})["tokens"] for n, side in sides.items()}
         if greedy["ours f32"] != greedy["llama.cpp f32"]:
             raise ContestError(f"{name}: the greedy replies differ, so this is not the same work")
+        mine = sides["ours f32"]
+        one = sorted(mine.turn(**coming(1, SHAPES[name]["vocab_size"], 1e-6))["seconds"] for _ in range(3))[1] / EACH
+        asked |= {f"{people} people": coming(people, SHAPES[name]["vocab_size"], one) for people in args.people}
         for load, request in asked.items():
             turns: dict[str, list[float]] = {n: [] for n in sides}
-            for number in range(args.repeats + 1):
+            warm_up = 0 if "people" in request else 1  # by now everything is warm, and these take long
+            for number in range(args.repeats + warm_up):
                 for n, side in sides.items():
                     seconds = side.turn(**request, greedy=False)["seconds"]
-                    turns[n] += [seconds] if number else []
-            tokens = len(request["prompts"]) * request["replies"] * request["new"]
+                    turns[n] += [seconds] if number >= warm_up else []
+            tokens = sum(r[2] for r in request["people"]) if "people" in request else len(request["prompts"]) * request["replies"] * request["new"]
             speed = {n: tokens / sorted(t)[len(t) // 2] for n, t in turns.items()}
             for kind in KINDS:
                 ratio, target = speed[f"ours {kind}"] / speed[f"llama.cpp {kind}"], TARGETS.get((name, load))
@@ -118,6 +123,7 @@ def contend(directory: Path, kind: str) -> None:
 
     import torch
 
+    from benchmarks.load import Request, serve
     from engine.engine import Engine, SamplingParams
     from engine.model import CausalModel
     from engine.tokenizer import ChatTokenizer
@@ -128,6 +134,10 @@ def contend(directory: Path, kind: str) -> None:
     with contextlib.suppress(Finished):
         while True:
             asked = turns.wait()
+            if "people" in asked:
+                serve(engine, [Request(*r) for r in asked["people"]])
+                turns.say()
+                continue
             params = [SamplingParams(max_tokens=asked["new"], seed=i, temperature=float(not asked["greedy"]), ignore_eos=True) for i in range(asked["replies"])]
             replies = [s for prompt in asked["prompts"] for s in engine.add(prompt, params, ["base"] * len(params))]
             while engine.has_work():
@@ -140,6 +150,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--quick", action="store_true", help="16 new tokens, one repeat")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--people", type=int, nargs="*", default=[8, 32])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peers-python", type=Path, help="the interpreter with llama-cpp-python; default: what `make peers` built")
     parser.add_argument("--ours", nargs=2, metavar=("DIR", "KIND"), help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """Every benchmark but the GPU's, one after the other, each with its log: what `make bench` runs.
 
-`python -m benchmarks.suite [--only NAME ...] [--logs DIR]`. The sizes are such that a quiet machine of two cores is done in
+`python -m benchmarks.suite [--only NAME ...] [--logs DIR]`; charts lie beside the logs. The sizes are such that a quiet machine of two cores is done in
 under 40 minutes; each benchmark run by itself measures more. One that misses a target, fails or takes too long does not
 stop the rest. A table and JSON last; exit status 1 unless all of them ended well.
 """
@@ -29,7 +29,7 @@ PLAN: tuple[tuple[str, ...], ...] = (  # module, arguments: the engine, the serv
     ("http_votes",),
     ("replay",),
     ("while_learning", "--updates", "6"),
-    ("growth", "--votes", "1000", "10000", "100000", "300000"),
+    ("growth", "--votes", "1000", "10000", "100000", "300000", "--plot", "{logs}/growth.png"),
     ("ppo_update", "--models", "S", "--updates", "3"),
     ("reward_update", "--models", "S"),
     ("reward_real",),
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = []
     for number, (name, arguments) in enumerate(plan, 1):
         print(f"\n=== {number} of {len(plan)}, {(time.monotonic() - began) / 60:.1f} min so far: {name} {' '.join(arguments)}", flush=True)
-        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+        command = [sys.executable, "-m", f"benchmarks.{name}", *(argument.format(logs=args.logs) for argument in arguments)]
         outcomes.append(run(name, command, args.logs / f"{name}.log", 60 * args.limit_minutes))
     minutes = (time.monotonic() - began) / 60
     print(f"\n=== {minutes:.1f} min; logs in {args.logs}")

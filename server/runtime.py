@@ -7,6 +7,7 @@ Owns lifetimes. The parts own their work: `bridge.py` the engine thread, `deploy
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import secrets
 import shutil
@@ -41,6 +42,8 @@ from store.store import Store
 
 log = structlog.get_logger("plaudit")
 T = TypeVar("T")
+POLL_S = 1.0
+KEY_ADDED, KEY_REVOKED = "key added", "key revoked"
 UPLOAD = ".upload-"  # how a directory begins in which an uploaded adapter is tried out
 
 
@@ -76,6 +79,8 @@ class Runtime:
         self.started: float | None = None  # Unix seconds
         self.draining = False
         self.running_chats = 0
+        self._noted: dict[str, str] | None = None  # key id -> role, as the audit log has them
+        self._watching: asyncio.Task[None] | None = None
         self._random = random.Random(settings.seed if settings.seed is not None else secrets.randbits(128))
 
     @classmethod
@@ -117,6 +122,8 @@ class Runtime:
         self.bridge.start()
         await self.cores.start()
         await self.deployment.start()
+        await self.note_keys()
+        self._watching = asyncio.create_task(self._watch_keys(), name="keys")
         if self.supervisor is not None:
             await self.supervisor.start()
         self.started = time.time()
@@ -136,12 +143,39 @@ class Runtime:
         await self.drain()
         if self.supervisor is not None:
             await self.supervisor.stop()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         await self.deployment.stop()
         await self.cores.stop()
         await self.bridge.stop()
         await self.db(self.store.close)
         self._database.shutdown()
         log.info("stopped")
+
+    async def note_keys(self) -> None:
+        """Put keys that `plaudit keys` has made or revoked since into the audit log, which only the server may write."""
+        if self._noted is None:
+            self._noted = {}
+            for entry in await self.db(self.store.audit_log):
+                detail = json.loads(entry["detail"])
+                if entry["action"] == KEY_ADDED:
+                    self._noted[detail["key"]] = detail["role"]
+                elif entry["action"] == KEY_REVOKED:
+                    self._noted.pop(detail["key"], None)
+        there: dict[str, str] = {key.id: key.role for key in self.keyring.list()}
+        for action, ids in ((KEY_ADDED, there.keys() - self._noted.keys()), (KEY_REVOKED, self._noted.keys() - there.keys())):
+            for key_id in sorted(ids):
+                await self.db(self.store.audit, "plaudit keys", action, {"key": key_id, "role": there.get(key_id) or self._noted[key_id]})
+        self._noted = there
+
+    async def _watch_keys(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                await self.note_keys()
+            except Exception as error:  # a damaged file, a full disk: the next look may find it mended
+                log.warning("keys_not_noted", kind=type(error).__name__)
 
     async def db(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a database call off the event loop, one at a time: the store has one writer."""

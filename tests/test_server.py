@@ -509,6 +509,26 @@ def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
         assert "ana" not in {c.voter for c in running.runtime.store.conversations()}
 
 
+def test_keys_made_and_revoked_are_in_the_audit_log_once(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.runtime.POLL_S", 0.05)
+    keyring = Keyring(tmp_path)
+
+    def noted(store: Store) -> list[tuple[str, str]]:
+        return [(entry["action"], json.loads(entry["detail"])["role"]) for entry in store.audit_log()]
+
+    first = keyring.create("operator", "ann").split("-")[1]  # before the server's first start
+    for _ in range(2):  # a restart tells nothing twice
+        with served(settings_for(tmp_path, tiny_llama)) as running:
+            assert noted(running.runtime.store) == [("key added", "operator")]
+    with served(settings_for(tmp_path, tiny_llama)) as running:
+        keyring.create("user", "bob")
+        running.until(lambda: len(noted(running.runtime.store)) == 2)
+        keyring.revoke(first)
+        running.until(lambda: len(noted(running.runtime.store)) == 3)
+        assert noted(running.runtime.store)[1:] == [("key added", "user"), ("key revoked", "operator")]
+        assert running.runtime.store.verify_audit() and "ann" not in str(running.runtime.store.audit_log())
+
+
 def test_keys_damaged_while_the_server_runs_let_nobody_in_and_are_told_in_the_log(
     tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

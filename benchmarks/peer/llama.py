@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,16 @@ def convert(source: Path, target: Path, kind: str) -> Path:
     return target
 
 
+@dataclass
+class Running:
+    """A reply that is being written in a sequence of its own."""
+
+    sampler: Any
+    position: int  # of the next token that is put in
+    left: int  # tokens still to be written
+    last: int = 0
+
+
 class Llama:
     """One model, and a context for K replies to one prompt or for people with a prompt each."""
 
@@ -133,6 +145,34 @@ class Llama:
             ll.llama_sampler_free(sampler)
         return said
 
+    def as_they_come(self, requests: list[tuple[float, list[int], int]], slots: int) -> None:
+        """(seconds after the start, prompt, tokens wanted) each, in order of arrival: every step decodes who is being answered and reads one new prompt with them."""
+        context = self.context(slots, 512, False)
+        memory = ll.llama_get_memory(context)
+        ll.llama_memory_clear(memory, False)
+        waiting, free, running = list(requests), list(range(slots)), dict[int, Running]()
+        began = time.perf_counter()
+        while waiting or running:
+            tokens = [(r.last, r.position, s, True) for s, r in running.items()]
+            if waiting and free and waiting[0][0] <= time.perf_counter() - began:
+                _, prompt, new = waiting.pop(0)
+                sequence = free.pop()
+                running[sequence] = Running(ll.llama_sampler_init_dist(len(waiting)), 0, new)
+                tokens += [(t, j, sequence, j == len(prompt) - 1) for j, t in enumerate(prompt)]
+            if not tokens:
+                time.sleep(max(0.0, waiting[0][0] - (time.perf_counter() - began)))
+                continue
+            self.decode(context, tokens)
+            for at, (_, position, sequence, wanted) in enumerate(tokens):
+                if wanted:
+                    reply = running[sequence]
+                    reply.last, reply.position = ll.llama_sampler_sample(reply.sampler, context, at), position + 1
+                    reply.left -= 1
+            for sequence in [s for s, r in running.items() if not r.left]:
+                ll.llama_sampler_free(running.pop(sequence).sampler)
+                ll.llama_memory_seq_rm(memory, sequence, -1, -1)
+                free.append(sequence)
+
 
 def main() -> None:
     """Take turns until the parent has had enough. argv: the model's directory, a folder for the GGUF file, f32 or q8."""
@@ -142,6 +182,10 @@ def main() -> None:
     with contextlib.suppress(Finished):
         while True:
             asked = turns.wait()
+            if "people" in asked:
+                llama.as_they_come(asked["people"], asked["slots"])
+                turns.say()
+                continue
             said = llama(asked["prompts"], asked["replies"], asked["new"], asked["greedy"])
             turns.say(tokens=said if asked["greedy"] else None)
 
