@@ -319,7 +319,7 @@ def test_a_page_that_the_server_has_forgotten_is_found_again() -> None:
         assert 'data-conversation="conv-9" data-comparison="cmp-7"' in shown
         *_, chat = await page.act("", Chat(), who, at(), event(act="pick", index="1", conversation="conv-9", comparison="cmp-7"))
         assert fake.votes == [{"comparison": "cmp-7", "favourite": 1}] and (chat.phase, chat.choice) == ("voted", 1)
-        async for _ in page.typed("And why?", 2, shown, Chat(), who, at()):
+        async for _ in page.typed("And why?", 2, "conv-9", Chat(), who, at()):
             pass
         asked = fake.asked[-1]
         assert asked["metadata"]["conversation_id"] == "conv-9"

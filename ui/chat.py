@@ -5,7 +5,6 @@ Owns which event changes what on the page. State is in `ui.exchange`, HTML in `u
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,7 +20,8 @@ from ui.theme import ACTING, HIDDEN
 
 POLL_S = 2.0
 MAX_REPLIES = 4
-SHOWN = re.compile(r'data-conversation="([^"]+)"')  # in the exchange's own HTML
+# A message goes with the conversation that the page shows; what it came with is left as it is
+SHOWN = "(text, n, shown, ...rest) => [text, n, document.querySelector('section.exchange')?.dataset.conversation || '', ...rest]"
 
 
 def new_identity(identity: Any, voter: str = "") -> dict[str, str]:
@@ -88,9 +88,9 @@ class _Page:
     async def typed(
         self, text: str, n: int, shown: str, chat: Chat, identity: Any, request: gr.Request
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """A message was sent from the box. shown: the exchange's HTML as the page has it."""
-        who, conversation = visitor_of(identity, request, chat), SHOWN.search(shown or "")
-        chat = await self.found_again(chat, who, conversation and conversation[1])
+        """A message was sent from the box. shown: the conversation that the page shows, if any."""
+        who = visitor_of(identity, request, chat)
+        chat = await self.found_again(chat, who, shown or None)
         async for update in self.converse(text, n, chat, who):
             yield update
 
@@ -364,6 +364,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
                 send = gr.Button("Send", variant="primary", elem_id="send", scale=0, min_width=84)
                 stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=0, min_width=84, visible=False)
             status = gr.HTML(cards.status(""), elem_id="status", js_on_load=None, apply_default_css=False)
+            shown = gr.Textbox(visible=False)
         timer = gr.Timer(POLL_S)
 
         opened = [identity, masthead, history, status, key_panel]
@@ -373,8 +374,8 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         page.load(on.opened, [identity, chat], opened, **HIDDEN)
         timer.tick(on.tick, [identity, chat], [masthead, status], **HIDDEN)
         streams = [
-            box.submit(on.typed, [box, replies, exchange, chat, identity], talk, **HIDDEN),
-            send.click(on.typed, [box, replies, exchange, chat, identity], talk, **HIDDEN),
+            box.submit(on.typed, [box, replies, shown, chat, identity], talk, js=SHOWN, **HIDDEN),
+            send.click(on.typed, [box, replies, shown, chat, identity], talk, js=SHOWN, **HIDDEN),
             thread.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
             exchange.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
         ]
