@@ -161,7 +161,9 @@ def rounds(source: str, counts: Sequence[int], config: LearnerConfig) -> list[Cu
             began = time.perf_counter()
             record = learner.run_round(n, by_more_people(course.voted, count), BASE, run_requested=0, report=lambda *_: None)
             whole.append(time.perf_counter() - began)
-            training.append(record["timings"].get("reward_s", whole[-1]))
+            if record["state"] not in ("published", "rejected"):
+                raise SystemExit(f"the round on {count} votes ended early, so its time says nothing: {record['state']}, {record['reason']}")
+            training.append(record["timings"]["reward_s"])
             print(f"{count:8} votes          {whole[-1]:10.2f} s   ({record['reward']['votes_used']} used, reward training {training[-1]:.2f} s, {record['state']})", flush=True)
     return [Curve("whole round against votes", list(counts), whole, unit="votes"), Curve("reward training against votes", list(counts), training, unit="votes")]
 

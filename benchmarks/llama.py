@@ -5,7 +5,8 @@
 Random Llamas in the shapes of `benchmarks/engine.py`. Loads: one prompt of 256 tokens with K = 4 replies of 64, its first tokens alone, and
 8 and 32 people who come as in `benchmarks/load.py` (Poisson arrivals, mixed lengths, the same for both sides). Contestants in processes of
 their own take turns: our engine and llama.cpp, each in float32, and each with weights of 8 bits. llama.cpp is told what it likes: K replies share
-a prompt's cells, people have cells of their own, every step decodes all who are being answered and reads one new prompt. First both sides answer a prompt greedily in float32, which must be the same tokens.
+a prompt's cells, and every step decodes all who are being answered and reads one new prompt; people have a pool of cells together or a stretch each,
+whichever took it less time. First both sides answer a prompt greedily in float32, which must be the same tokens.
 What 8 bits cost in quality is measured on the bundled starter: its float32 replies to held-out prompts, decoded again token by token
 with 8 bits; KL of the next token and how often the likeliest one is the same. Medians; JSON last; exit status 1 when a target is missed.
 """
@@ -17,6 +18,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -24,10 +26,11 @@ from typing import Any
 
 from benchmarks.contest import Contestant, ContestError, Finished, Turns, peer_python
 from benchmarks.engine import NEW, PROMPT, REPLIES, SHAPES
-from benchmarks.load import EACH
+from benchmarks.load import requests
 
 TARGETS = {("S", "K=4"): 1.0, ("M", "K=4"): 0.9, **{(m, f"{n} people"): 1.5 for m in SHAPES for n in (8, 32)}}  # of llama.cpp's tokens a second
 KINDS = ("f32", "q8")
+SLOTS = 32  # replies that either side may write at once
 
 
 def loads(vocab: int, new: int) -> dict[str, dict[str, Any]]:
@@ -39,9 +42,12 @@ def loads(vocab: int, new: int) -> dict[str, dict[str, Any]]:
 
 def coming(people: int, vocab: int, one: float) -> dict[str, Any]:
     """So many people at about any time, where a request alone takes `one` second."""
-    from benchmarks.load import requests
+    return {"people": [(r.at, r.prompt, r.new) for r in requests(people, one / people, vocab)], "slots": SLOTS}
 
-    return {"people": [(r.at, r.prompt, r.new) for r in requests(people, one / people, vocab)], "slots": people}
+
+def alone(side: Contestant, vocab: int) -> float:
+    """Seconds of a request that nobody else disturbs."""
+    return statistics.median(side.turn(people=[(0.0, r.prompt, r.new)], slots=SLOTS)["seconds"] for r in requests(1, 1.0, vocab))
 
 
 def measure(peer: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -61,15 +67,15 @@ def measure(peer: Path, name: str, args: argparse.Namespace) -> list[dict[str, A
         greedy = {n: side.turn(**asked["K=4"] | {"replies": 1, "greedy": True})["tokens"] for n, side in sides.items()}
         if greedy["ours f32"] != greedy["llama.cpp f32"]:
             raise ContestError(f"{name}: the greedy replies differ, so this is not the same work")
-        mine = sides["ours f32"]
-        one = sorted(mine.turn(**coming(1, SHAPES[name]["vocab_size"], 1e-6))["seconds"] for _ in range(3))[1] / EACH
+        one = alone(sides["ours f32"], SHAPES[name]["vocab_size"])
         asked |= {f"{people} people": coming(people, SHAPES[name]["vocab_size"], one) for people in args.people}
         for load, request in asked.items():
             turns: dict[str, list[float]] = {n: [] for n in sides}
             warm_up = 0 if "people" in request else 1  # by now everything is warm, and these take long
             for number in range(args.repeats + warm_up):
                 for n, side in sides.items():
-                    seconds = side.turn(**request, greedy=False)["seconds"]
+                    ways = (True, False) if "people" in request and n.startswith("llama.cpp") else (True,)
+                    seconds = min(side.turn(**request, greedy=False, unified=way)["seconds"] for way in ways)
                     turns[n] += [seconds] if number >= warm_up else []
             tokens = sum(r[2] for r in request["people"]) if "people" in request else len(request["prompts"]) * request["replies"] * request["new"]
             speed = {n: tokens / sorted(t)[len(t) // 2] for n, t in turns.items()}

@@ -42,7 +42,7 @@ class Scheduler:
         return {s.version for s in self.running} | ({self.reading.version} if self.reading else set())
 
     def check_room(self, count: int) -> None:
-        """Raises QueueFull when more would wait than the queue holds; what finds a free row does not wait."""
+        """Raises QueueFull when more would wait than the queue holds, free rows counted as if each were taken."""
         free = self.max_sequences - len(self.running)
         if max(0, self.queued + count - free) > self.max_queue:
             raise QueueFull(

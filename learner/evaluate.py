@@ -8,6 +8,7 @@ Reads only. Does not read MMLU's layout (`learner/mmlu.py`), score text (`learne
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import defaultdict
@@ -198,14 +199,19 @@ def blind_win_rate(
 ) -> Figure:  # fmt: skip
     """Share of pairs of replies to one prompt that the first version wins, over the reward model's members, ties half.
 
-    The members see prompt and reply and nothing of where it came from. Both versions draw with the same seeds.
+    The members see prompt and reply and nothing of where it came from. Both versions draw with the same seeds. Prompts that the chat
+    template refuses, and those without room for a reply, are left out. Raises EvaluationError when none is left.
     """
     if len(adapters) != 2:
         raise EvaluationError("a win rate needs two different versions: name one, and another with --against")
-    rendered = [tokenizer.render([dict(m) for m in prompt]) for prompt in some(prompts, limit, seed)]
+    rendered = []
+    for prompt in some(prompts, limit, seed):
+        with contextlib.suppress(ValueError):
+            rendered.append(tokenizer.render([dict(m) for m in prompt]))
     fitting = [ids for ids in rendered if len(ids) + max_tokens <= model.max_context]
     if not fitting:
-        raise EvaluationError(f"no prompt leaves room for a reply of {max_tokens} tokens: lower --max-tokens")
+        why = f"no prompt leaves room for a reply of {max_tokens} tokens: lower --max-tokens" if rendered else "the model's chat template refuses every prompt"
+        raise EvaluationError(why)
     room = max(map(len, fitting)) + max_tokens
     engine = Engine(model, tokenizer, max_sequences=min(ROWS, replies * len(fitting)), max_context=room)
     scores = []

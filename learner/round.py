@@ -7,6 +7,7 @@ round runs (`worker.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ import random
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -334,47 +335,50 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     the numbers on both sides. A pool that an operator gave is half of the practice at least. Raises PromptsError.
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
-    versions apart by; the bundled ones are plain things to say to an assistant. Which side a prompt is on does not depend on the
-    round (`held_out_side`): a version is never judged on what those it comes from practised.
+    versions apart by; the bundled ones are plain things to say to an assistant. Which side a conversation is on, by its first turn, does
+    not depend on the round (`held_out_side`): a version is never judged on what those it comes from practised.
     """
     rng = random.Random(f"prompts/{seed}")
-    own: dict[str, tuple[int, ...]] = {}
-    root: dict[str, str] = {}  # of each, its conversation's first turn
-    for item in voted:
-        messages = [{"role": m["role"], "content": m["content"]} for m in item.comparison.messages]
-        key = prompt_key(messages)
-        if key not in own:
-            try:
-                own[key] = tuple(tokenizer.render(messages))
-            except ValueError:
-                continue
-            first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
-            root[key] = prompt_key(messages[: first + 1])
-    keys = sorted(own)
-    rng.shuffle(keys)
-    held = {key for key in keys if held_out_side(root[key], config.held_out_prompts, config.seed)}
-    practice, held_out = [own[k] for k in keys if k not in held], [own[k] for k in keys if k in held]
-
     half = config.gate.prompts / (config.gate.prompts + config.practice_prompts)
-    conversations = conversations_from(Path(config.pool) if config.pool else POOL)
-    known = set(own.values())
-    pool = {prompt_key(said): ids for said in conversations if (ids := tuple(tokenizer.render(list(said)))) not in known}
-    keys = sorted(pool)
-    rng.shuffle(keys)
+    pool = rendered(conversations_from(Path(config.pool) if config.pool else POOL), tokenizer)
+    own = rendered([[{"role": m["role"], "content": m["content"]} for m in item.comparison.messages] for item in voted], tokenizer)
+    shared = {first for first, _ in pool.values()}  # what people ask in the pool's words stays where the pool has it
+    practice, held_out = list[tuple[int, ...]](), list[tuple[int, ...]]()
+    for key in shuffled(own, rng):
+        first, ids = own[key]
+        (held_out if held_out_side(first, half if first in shared else config.held_out_prompts, config.seed) else practice).append(ids)
     wanted = max(config.practice_prompts, 2 * len(practice) if config.pool else 0)
-    for key in keys:
-        if held_out_side(key, half, config.seed):
+    for key in shuffled(pool.keys() - own.keys(), rng):
+        first, ids = pool[key]
+        if held_out_side(first, half, config.seed):
             if len(held_out) < config.gate.prompts:
-                held_out.append(pool[key])
+                held_out.append(ids)
         elif len(practice) < wanted:
-            practice.append(pool[key])
+            practice.append(ids)
     if not practice or not held_out:
-        raise PromptsError(f"{len(own) + len(pool)} prompts are too few to practise on some and be judged on others: give a longer pool")
+        raise PromptsError(f"{len(own.keys() | pool.keys())} prompts are too few to practise on some and be judged on others: give a longer pool")
     return Prompts(tuple(practice), tuple(held_out))
 
 
+def rendered(conversations: Iterable[Sequence[Any]], tokenizer: Renderer) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Key of a conversation -> (key of its first turn, token ids); what the chat template refuses is left out."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for messages in conversations:
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+        with contextlib.suppress(ValueError):
+            found[prompt_key(messages)] = prompt_key(messages[: first + 1]), tuple(tokenizer.render(list(messages)))
+    return found
+
+
+def shuffled(keys: Iterable[str], rng: random.Random) -> list[str]:
+    """In an order that is `rng`'s alone."""
+    order = sorted(keys)
+    rng.shuffle(order)
+    return order
+
+
 def held_out_side(key: str, share: float, seed: int) -> bool:
-    """Whether the prompt with this key is among the `share` that is kept for judging; the same in every round of a learner."""
+    """Whether the conversation whose first turn has this key is among the `share` that is kept for judging; the same in every round of a learner."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

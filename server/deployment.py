@@ -350,7 +350,8 @@ class Deployment:
         except StoreError as trouble:
             log.error("decision_not_recorded", kind=type(trouble).__name__)
             return
-        self._settled[pair] = test.decision
+        if self.pair() == pair:
+            self._settled[pair] = test.decision
 
     # --- what is loaded
 
@@ -364,6 +365,7 @@ class Deployment:
             await self._db(self.store.take_in_adapter, new.to_dict(), "candidate", (live, previous, candidate), actor=actor, action=action)
             self._known.add(new.version)
         if live != self.live:
+            self._settled.clear()  # a version that comes back is asked about anew
             self.live_since = time.time()
             self.by_operator = actor != AUTO
             self.metrics.swaps.labels(action).inc()

@@ -122,7 +122,6 @@ class Runtime:
         self.bridge.start()
         await self.cores.start()
         await self.deployment.start()
-        await self.note_keys()
         self._watching = asyncio.create_task(self._watch_keys(), name="keys")
         if self.supervisor is not None:
             await self.supervisor.start()
@@ -166,16 +165,20 @@ class Runtime:
         there: dict[str, str] = {key.id: key.role for key in self.keyring.list()}
         for action, ids in ((KEY_ADDED, there.keys() - self._noted.keys()), (KEY_REVOKED, self._noted.keys() - there.keys())):
             for key_id in sorted(ids):
-                await self.db(self.store.audit, "plaudit keys", action, {"key": key_id, "role": there.get(key_id) or self._noted[key_id]})
-        self._noted = there
+                role = there.get(key_id) or self._noted[key_id]
+                await self.db(self.store.audit, "plaudit keys", action, {"key": key_id, "role": role})
+                if action == KEY_ADDED:
+                    self._noted[key_id] = role
+                else:
+                    del self._noted[key_id]
 
     async def _watch_keys(self) -> None:
         while True:
-            await asyncio.sleep(POLL_S)
             try:
                 await self.note_keys()
             except Exception as error:  # a damaged file, a full disk: the next look may find it mended
                 log.warning("keys_not_noted", kind=type(error).__name__)
+            await asyncio.sleep(POLL_S)
 
     async def db(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a database call off the event loop, one at a time: the store has one writer."""

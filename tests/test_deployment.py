@@ -314,9 +314,8 @@ def test_a_version_is_taken_in_and_goes_live_in_one_step_or_is_tried_again(tiny_
 
         monkeypatch.setattr(running.runtime.store, "_insert_deployment", fails_once)
         version = publish_random(registry, tiny_llama)
-        running.until(lambda: len(tried) == 1)
-        assert running.runtime.store.adapter(version) is None
         running.until(lambda: running.runtime.deployment.live == version)
+        assert len(tried) == 2
 
 
 def test_another_model_than_the_live_versions_is_refused_and_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:

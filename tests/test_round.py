@@ -439,6 +439,33 @@ def test_the_turns_of_a_conversation_are_on_one_side(tmp_path: Path, tokenizer: 
     assert practised and judged and not practised & judged and len(practised | judged) == 30
 
 
+def test_a_prompt_of_the_pool_keeps_its_side_whether_people_ask_it_or_not(published: tuple, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    with Store.open(published[0], read_only=True) as store:
+        voted = store.voted_comparisons()
+    pool = tmp_path / "pool.txt"
+    pool.write_text("".join(f"Question number {n}?\n" for n in range(24)) + "".join(f"Say something about {i}.\n" for i in range(40)))
+    config = replace(QUICK, pool=str(pool), practice_prompts=100, gate=replace(LOOSE, prompts=100))
+    asked, others = choose_prompts(voted, tokenizer, config, 0), choose_prompts(voted[:1], tokenizer, config, 0)
+    assert {*asked.practice} == {*others.practice} and {*asked.held_out} == {*others.held_out}
+    assert len(asked.practice) > 20 and len(asked.held_out) > 20
+
+
+def test_what_the_chat_template_refuses_of_a_pool_is_left_out(published: tuple, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    class Strict:
+        end_id, encode = tokenizer.end_id, tokenizer.encode
+
+        def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
+            if messages[0]["role"] == "system":
+                raise ValueError("the model's chat template refuses this conversation")
+            return tokenizer.render(messages, generation_prompt=generation_prompt)
+
+    pool = tmp_path / "pool.jsonl"
+    systems = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"And {i}?"}]} for i in range(5)]
+    pool.write_text("\n".join(json.dumps(row) for row in [*systems, *({"prompt": f"About {i}?"} for i in range(60))]))
+    prompts = choose_prompts([], Strict(), replace(QUICK, pool=str(pool), practice_prompts=100, gate=replace(LOOSE, prompts=100)), 0)
+    assert len(prompts.practice) + len(prompts.held_out) == 60
+
+
 def test_a_short_pool_is_shared_by_practice_and_gate(published: tuple, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     with Store.open(published[0], read_only=True) as store:
         voted = store.voted_comparisons()

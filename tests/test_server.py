@@ -519,6 +519,8 @@ def test_keys_made_and_revoked_are_in_the_audit_log_once(tiny_llama: Path, tmp_p
     first = keyring.create("operator", "ann").split("-")[1]  # before the server's first start
     for _ in range(2):  # a restart tells nothing twice
         with served(settings_for(tmp_path, tiny_llama)) as running:
+            running.until(lambda: noted(running.runtime.store))
+            time.sleep(0.2)
             assert noted(running.runtime.store) == [("key added", "operator")]
     with served(settings_for(tmp_path, tiny_llama)) as running:
         keyring.create("user", "bob")

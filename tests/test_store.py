@@ -185,6 +185,19 @@ def test_erasing_leaves_no_word_in_the_file_and_names_the_versions_that_learned(
         store.erase_conversation("conv_1")
 
 
+def test_a_version_is_taken_in_with_its_deployment_or_not_at_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise DiskFull("no space")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFull):
+        patch.setattr(store, "_insert_deployment", full)
+        store.take_in_adapter({"version": "v000001"}, "candidate", ("v000001", "base", None), actor="auto", action="publish")
+    assert store.adapter("v000001") is None
+    store.take_in_adapter({"version": "v000001"}, "candidate", ("v000001", "base", None), actor="auto", action="publish")
+    assert store.adapter("v000001").status == "live" and store.deployment().live == "v000001"
+    assert [entry["action"] for entry in store.audit_log()] == ["publish"]
+
+
 def test_withdrawing_names_the_versions_that_learned_from_the_vote_even_where_it_was_replaced_since(store: Store) -> None:
     made, other = ask(store, "hello"), ask(store, "bye")
     vote, _ = store.record_vote(made.id, "ann", groups=[[0], [1]], kind="favourite")

@@ -294,7 +294,7 @@ def test_a_newcomer_is_one_voter_before_the_browser_has_told_who_it_is_and_after
     async def run() -> None:
         fake = Fake()
         page, chat = _Page(client_of(fake.app())), Chat()
-        async for _ in page.asked(2, chat, None, at(), event(act="ask", text="Hi")):
+        async for _ in page.asked("", 2, chat, None, at(), event(act="ask", text="Hi")):
             pass
         await page.act("", chat, None, at(), event(act="pick", index="1", comparison="cmp-1"))
         identity = (await page.opened(None, chat, at()))[0]
@@ -324,6 +324,24 @@ def test_a_page_that_the_server_has_forgotten_is_found_again() -> None:
         asked = fake.asked[-1]
         assert asked["metadata"]["conversation_id"] == "conv-9"
         assert [m["content"] for m in asked["messages"]] == ["What are bees?", TEXTS[0], "And why?"]
+
+    asyncio.run(run())
+
+
+def test_what_a_forgotten_page_cannot_know_is_said_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows a message that was stopped, or an open edit box: neither is kept by anybody."""
+    warned: list[str] = []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+
+    async def run() -> None:
+        fake = Fake()
+        page, who = _Page(client_of(fake.app())), {"voter": "ann"}
+        retry = event(act="retry", conversation="conv-9", comparison="cmp-8")  # cmp-7 is the newest that was kept
+        assert [update async for update in page.asked("", 2, Chat(), who, at(), retry)] == [(gr.skip(),) * 8]
+        assert fake.asked == [] and "write it again" in warned[0]
+        assert (await page.save_edit("A better one", Chat(), who, at()))[:5] == (gr.skip(),) * 5 and "keep a copy" in warned[1]
+        stays = await page.past(Chat(), who, at(), event(act="erase", id="conv-8"))
+        assert stays[:2] == (gr.skip(), gr.skip()) and page.stop(Chat())[0] == gr.skip()
 
     asyncio.run(run())
 
@@ -379,6 +397,13 @@ def test_votes_reach_the_server_in_the_order_they_were_cast() -> None:
         fake.vote_s = 0.0
         await asyncio.gather(first, page.cast(chat, WHO, 1, None))
         assert [vote["favourite"] for vote in fake.votes] == [0, 1] and chat.choice == 1
+        fake.vote_s = 0.1
+        undo = asyncio.create_task(page.undo(chat, WHO))
+        await asyncio.sleep(0.02)
+        await asyncio.gather(undo, page.act("", chat, {}, at(), event(act="pick", index="1", comparison="cmp-1")))
+        assert len(fake.votes) == 3 and (chat.choice, chat.phase) == (1, "voted")  # it was picked when it was clicked, and taken back by then
+        await page.act("", chat, {}, at(), event(act="pick", index="1", comparison="cmp-1"))
+        assert len(fake.votes) == 3
 
     asyncio.run(run())
 
@@ -403,9 +428,13 @@ def test_a_message_that_was_not_answered_comes_back_only_into_an_empty_box() -> 
         assert (await page.refresh("", chat, {}, at()))[0] == "Hi"
         assert (await page.refresh("the next one", chat, {}, at()))[0] == gr.skip()
         fake.fail = None
-        async for update in page.asked(2, chat, {}, at(), event(act="retry")):
+        async for update in page.asked("the next one", 2, chat, {}, at(), event(act="retry")):
             assert update[0] == gr.skip()  # what is in the box is not what is tried again
         assert chat.phase == "choosing" and (await page.refresh("", chat, {}, at()))[0] == gr.skip()
+        fake.fail = error(503, "starting")
+        await said(page, chat, "Hi")
+        fake.fail = None
+        assert {update[0] async for update in page.asked("Hi", 2, chat, {}, at(), event(act="retry"))} == {""}
 
     asyncio.run(run())
 

@@ -95,21 +95,25 @@ class _Page:
             yield update
 
     async def asked(
-        self, n: int, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData
+        self, typed: str, n: int, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData
     ) -> AsyncIterator[tuple[Any, ...]]:
         """An example was clicked, or the last message is tried again."""
         text, who = event._data.get("text") or "", visitor_of(identity, request, chat)
         if event._data.get("act") in ("retry", "shorter"):
-            chat = await self.found_again(chat, who, event._data.get("conversation"))
-            text = chat.message
+            found = await self.found_again(chat, who, event._data.get("conversation"))
+            # what was stopped or failed is kept nowhere: then another exchange is found, or none
+            text = found.message if found is chat or found.comparison_id == event._data.get("comparison") else ""
             if not text:
-                gr.Warning("This page was away for too long. Please write your message again.")
+                gr.Warning("The server no longer has this message. Please write it again.")
+                yield (gr.skip(),) * 8
+                return
+            chat = found
             if event._data.get("act") == "shorter":
                 chat.forget()
             if chat.choice == "none":  # nothing of it goes on; do not keep an empty turn as well
                 chat.phase = "stopped"
         async for _, *rest in self.converse(text, n, chat, who):
-            yield gr.skip(), *rest  # what is in the box was not sent
+            yield "" if (typed or "").strip() == text else gr.skip(), *rest  # what else is in the box was not sent
 
     async def converse(self, text: str, n: int, chat: Chat, who: Visitor) -> AsyncIterator[tuple[Any, ...]]:
         """box, thread, exchange, send, stop, edit panel, key panel, chat: while the replies are written."""
@@ -149,7 +153,7 @@ class _Page:
         """exchange, send, stop, chat: the person has read enough. The stream itself is cancelled by Gradio."""
         if chat.phase == "streaming":
             chat.phase = "stopped"
-        return cards.exchange(chat), _shown(True), _shown(False), chat
+        return _exchange(chat), _shown(True), _shown(False), chat
 
     async def act(self, draft: str, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
         """exchange, status, edit panel, edit box, key panel, chat: a card or a button of the exchange was used."""
@@ -166,14 +170,17 @@ class _Page:
         if act == "undo":
             return await self.undo(chat, who)
         choice = index if act == "pick" else act if act in ("tie", "none") else None
-        if choice is None or (choice == chat.choice and chat.phase == "voted"):
-            return (*(gr.skip(),) * 5, chat)
-        return await self.cast(chat, who, choice, None)
+        return (*(gr.skip(),) * 5, chat) if choice is None else await self.cast(chat, who, choice, None, again=False)
 
-    async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None) -> tuple[Any, ...]:
-        """Send the vote; the page says it is saved only after the server has said so, if it still shows what was voted on."""
+    async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None, *, again: bool = True) -> tuple[Any, ...]:
+        """Send the vote; the page says it is saved only after the server has said so, if it still shows what was voted on.
+
+        again: also where this reply is picked already.
+        """
         number, comparison_id = chat.number, str(chat.comparison_id)
         async with chat.voting:
+            if not again and chat.number == number and choice == chat.choice and chat.phase == "voted":
+                return (*(gr.skip(),) * 5, chat)
             before = (chat.choice, chat.edit)
             if chat.number == number:  # else the exchange it is about is settled, and has what was picked before
                 chat.choice, chat.edit = choice, edit
@@ -215,8 +222,10 @@ class _Page:
     async def save_edit(self, text: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """exchange, status, edit panel, edit box, key panel, chat: the edited reply is the vote now."""
         text, index = (text or "").strip(), chat.editing
+        if index is None:
+            gr.Warning("The server no longer knows which reply this was for. Please keep a copy, and open the conversation again from the list at the side.")
         if index is None or not text:
-            return gr.skip(), gr.skip(), _shown(bool(index is not None)), gr.skip(), gr.skip(), chat
+            return (*(gr.skip(),) * 5, chat)
         choice = "none" if index < 0 else index
         unchanged = index >= 0 and text == chat.replies[index].text.strip()
         exchange, line, _, *rest = await self.cast(chat, visitor_of(identity, request, chat), choice, None if unchanged else text)
@@ -272,7 +281,7 @@ class _Page:
 
     async def _stays(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
         """The conversation stays, with what was being written stopped."""
-        return gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(), await self.listed(who, chat), chat
+        return gr.skip(), _exchange(chat), _shown(True), _shown(False), gr.skip(), await self.listed(who, chat), chat
 
     async def refresh(self, typed: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """box, history after an exchange. A message that was not answered is given back, unless the next one is being written."""
@@ -315,6 +324,11 @@ def _saved(choice: Any, edit: str | None) -> str:
     if edit:
         return "Your better reply is saved."
     return {"tie": "Your tie is saved.", "none": "Saved: none of these was good."}.get(choice, "Your pick is saved.")
+
+
+def _exchange(chat: Chat) -> Any:
+    """The open exchange, or what the page shows where the server has none."""
+    return gr.skip() if chat.phase == "empty" else cards.exchange(chat)
 
 
 def _left() -> tuple[Any, ...]:
@@ -376,8 +390,8 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         streams = [
             box.submit(on.typed, [box, replies, shown, chat, identity], talk, js=SHOWN, **HIDDEN),
             send.click(on.typed, [box, replies, shown, chat, identity], talk, js=SHOWN, **HIDDEN),
-            thread.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
-            exchange.ask(on.asked, [replies, chat, identity], talk, **HIDDEN),
+            thread.ask(on.asked, [box, replies, chat, identity], talk, **HIDDEN),
+            exchange.ask(on.asked, [box, replies, chat, identity], talk, **HIDDEN),
         ]
         for stream in streams:
             stream.then(on.refresh, [box, chat, identity], [box, history], **HIDDEN)

@@ -96,7 +96,7 @@ def build_pages(api_url: str) -> FastAPI:
         # Gradio would sum up all its past events with pandas after each event: wasted work, two seconds apart, on every page
         page._queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize
         page._queue.ANALYTICS_MAX_EVENTS = 100
-        page._queue.sleep_when_free = 0.02  # Gradio looks for new events a thousand times a second otherwise: 4% of a core, for nothing
+        page._queue.sleep_when_free = 0.04  # seconds; Gradio looks for new events a thousand times a second otherwise: 4% of a core, for nothing
         pages.append(route.app)  # type: ignore[attr-defined]
         route.app = Closed(route.app)  # type: ignore[attr-defined]
     return app

@@ -145,9 +145,12 @@ class Llama:
             ll.llama_sampler_free(sampler)
         return said
 
-    def as_they_come(self, requests: list[tuple[float, list[int], int]], slots: int) -> None:
-        """(seconds after the start, prompt, tokens wanted) each, in order of arrival: every step decodes who is being answered and reads one new prompt with them."""
-        context = self.context(slots, 512, False)
+    def as_they_come(self, requests: list[tuple[float, list[int], int]], slots: int, unified: bool) -> None:
+        """(seconds after the start, prompt, tokens wanted) each, in order of arrival: every step decodes who is being answered and reads one new prompt with them.
+
+        unified: one pool of cells for all, which one pass decodes, else a stretch of cells each, of which llama.cpp takes neighbours in one pass.
+        """
+        context = self.context(slots, 512, unified)
         memory = ll.llama_get_memory(context)
         ll.llama_memory_clear(memory, False)
         waiting, free, running = list(requests), list(range(slots)), dict[int, Running]()
@@ -156,12 +159,13 @@ class Llama:
             tokens = [(r.last, r.position, s, True) for s, r in running.items()]
             if waiting and free and waiting[0][0] <= time.perf_counter() - began:
                 _, prompt, new = waiting.pop(0)
-                sequence = free.pop()
+                free.remove(sequence := min(free))  # neighbours, as far as there are
                 running[sequence] = Running(ll.llama_sampler_init_dist(len(waiting)), 0, new)
                 tokens += [(t, j, sequence, j == len(prompt) - 1) for j, t in enumerate(prompt)]
             if not tokens:
                 time.sleep(max(0.0, waiting[0][0] - (time.perf_counter() - began)))
                 continue
+            tokens.sort(key=lambda token: (token[2], token[1]))
             self.decode(context, tokens)
             for at, (_, position, sequence, wanted) in enumerate(tokens):
                 if wanted:
@@ -183,7 +187,7 @@ def main() -> None:
         while True:
             asked = turns.wait()
             if "people" in asked:
-                llama.as_they_come(asked["people"], asked["slots"])
+                llama.as_they_come(asked["people"], asked["slots"], asked["unified"])
                 turns.say()
                 continue
             said = llama(asked["prompts"], asked["replies"], asked["new"], asked["greedy"])
