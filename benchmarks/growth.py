@@ -234,15 +234,23 @@ def draw_curves(curves: Sequence[Curve], file: Path) -> None:
     panels: dict[str, list[Curve]] = {}
     for curve in curves:
         panels.setdefault("store" if curve.name.startswith("store") else curve.name, []).append(curve)
-    figure = Figure(figsize=(4.2 * len(panels), 4.0), layout="constrained")
+    crowded = "store" in panels  # the last one: its legend has a place of its own
+    across = min(3, len(panels) + crowded)
+    down = -(-(len(panels) + crowded) // across)
+    figure = Figure(figsize=(4.4 * across, 3.6 * down), layout="constrained")
     for number, (title, own) in enumerate(panels.items(), 1):
-        panel = figure.add_subplot(1, len(panels), number)
+        panel = figure.add_subplot(down, across, number)
         for curve in own:
             panel.loglog(curve.sizes, [1000 * s for s in curve.seconds], marker="o", label=f"{curve.name.removeprefix('store: ')} ({curve.exponent:.2f})")
         first = own[0]
         panel.loglog(first.sizes, [1000 * first.seconds[0] * n / first.sizes[0] for n in first.sizes], color="0.8", linestyle="--", zorder=0)
         panel.set(title=title, xlabel=first.unit, ylabel="ms")
-        panel.legend(fontsize="x-small")
+        if title == "store":
+            beside = figure.add_subplot(down, across, number + 1)
+            beside.axis("off")
+            beside.legend(*panel.get_legend_handles_labels(), loc="center left", fontsize="small", title="exponent in brackets")
+        else:
+            panel.legend(fontsize="x-small")
     figure.savefig(file, dpi=120)
 
 
