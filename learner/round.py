@@ -335,22 +335,23 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     the numbers on both sides. A pool that an operator gave is half of the practice at least. Raises PromptsError.
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
-    versions apart by; the bundled ones are plain things to say to an assistant. Which side a conversation is on, by its first turn, does
-    not depend on the round (`held_out_side`): a version is never judged on what those it comes from practised.
+    versions apart by; the bundled ones are plain things to say to an assistant. Which side a prompt is on does not depend on the round: it goes
+    by the conversation that asked it first, or by the pool where that has it (`held_out_side`). So a version is not judged on what those it
+    comes from practised, and of a conversation only what an earlier one said word for word can be on the other side.
     """
     rng = random.Random(f"prompts/{seed}")
     half = config.gate.prompts / (config.gate.prompts + config.practice_prompts)
-    pool = rendered(conversations_from(Path(config.pool) if config.pool else POOL), tokenizer)
-    own = rendered([[{"role": m["role"], "content": m["content"]} for m in item.comparison.messages] for item in voted], tokenizer)
-    shared = {first for first, _ in pool.values()}  # what people ask in the pool's words stays where the pool has it
+    pool = rendered(((said, first_turn(said)) for said in conversations_from(Path(config.pool) if config.pool else POOL)), tokenizer)
+    oldest = [item.comparison for item in sorted(voted, key=lambda item: item.comparison.created)]
+    own = rendered((([{"role": m["role"], "content": m["content"]} for m in c.messages], str(c.conversation_id)) for c in oldest), tokenizer)
     practice, held_out = list[tuple[int, ...]](), list[tuple[int, ...]]()
     for key in shuffled(own, rng):
-        first, ids = own[key]
-        (held_out if held_out_side(first, half if first in shared else config.held_out_prompts, config.seed) else practice).append(ids)
+        belongs, share = (pool[key][0], half) if key in pool else (own[key][0], config.held_out_prompts)
+        (held_out if held_out_side(belongs, share, config.seed) else practice).append(own[key][1])
     wanted = max(config.practice_prompts, 2 * len(practice) if config.pool else 0)
     for key in shuffled(pool.keys() - own.keys(), rng):
-        first, ids = pool[key]
-        if held_out_side(first, half, config.seed):
+        belongs, ids = pool[key]
+        if held_out_side(belongs, half, config.seed):
             if len(held_out) < config.gate.prompts:
                 held_out.append(ids)
         elif len(practice) < wanted:
@@ -360,13 +361,20 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     return Prompts(tuple(practice), tuple(held_out))
 
 
-def rendered(conversations: Iterable[Sequence[Any]], tokenizer: Renderer) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key of a conversation -> (key of its first turn, token ids); what the chat template refuses is left out."""
+def first_turn(messages: Sequence[Any]) -> str:
+    """Key of a conversation's messages up to the first of the user's."""
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+    return prompt_key(messages[: first + 1])
+
+
+def rendered(prompts: Iterable[tuple[Sequence[Any], str]], tokenizer: Renderer) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(messages, what it belongs to) each -> {key of the messages: (what the first such belongs to, token ids)}; what the chat template refuses is left out."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for messages in conversations:
-        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
-        with contextlib.suppress(ValueError):
-            found[prompt_key(messages)] = prompt_key(messages[: first + 1]), tuple(tokenizer.render(list(messages)))
+    for messages, belongs in prompts:
+        key = prompt_key(messages)
+        if key not in found:
+            with contextlib.suppress(ValueError):
+                found[key] = belongs, tuple(tokenizer.render(list(messages)))
     return found
 
 
@@ -378,7 +386,7 @@ def shuffled(keys: Iterable[str], rng: random.Random) -> list[str]:
 
 
 def held_out_side(key: str, share: float, seed: int) -> bool:
-    """Whether the conversation whose first turn has this key is among the `share` that is kept for judging; the same in every round of a learner."""
+    """Whether what has this key is among the `share` that is kept for judging; the same in every round of a learner."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

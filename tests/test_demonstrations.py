@@ -89,7 +89,7 @@ def test_the_round_publishes_a_version_of_kind_sft_with_its_lineage(finetuned: t
     assert (manifest.kind, manifest.parent, manifest.round) == ("sft", "base", 1)
     assert manifest.base_digest == model.digest and manifest.data_digest == record["data_digest"]
     assert record["sft"]["loss_after"] < record["sft"]["loss_before"]
-    assert record["sft"]["held_out"] == 2 and record["sft"]["chats"] == 10  # a fifth of the prompts is for measuring only
+    assert 1 <= record["sft"]["held_out"] <= 5 and record["sft"]["held_out"] + record["sft"]["chats"] == 12  # a fifth or so is for measuring only
     assert record["votes"] == len(record["vote_ids"]) == 12
     assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["finetuning", "gating"]
     assert "bees number" not in (data_dir / "rounds" / "000001" / "round.json").read_text()
