@@ -408,6 +408,22 @@ def test_votes_reach_the_server_in_the_order_they_were_cast() -> None:
     asyncio.run(run())
 
 
+def test_of_quick_clicks_the_last_counts_in_whatever_order_they_arrive() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        for index, at_ms in (("1", 2000.5), ("0", 2000.25)):
+            await page.act("", chat, {}, at(), event(act="pick", index=index, comparison="cmp-1", at=at_ms))
+        assert [vote["favourite"] for vote in fake.votes] == [1] and chat.choice == 1
+        await page.act("", chat, {}, at(), event(act="edit", index="1", comparison="cmp-1", at=2000.4))
+        assert chat.editing == 1  # an edit takes no vote's place
+        await page.act("", chat, {}, at(), event(act="pick", index="0", comparison="cmp-1", at=2001.0))
+        assert chat.choice == 0
+
+    asyncio.run(run())
+
+
 def test_erasing_another_conversation_stops_what_is_written_and_says_so() -> None:
     async def run() -> None:
         page, chat = _Page(client_of(Fake().app())), Chat()

@@ -5,6 +5,7 @@ Owns which event changes what on the page. State is in `ui.exchange`, HTML in `u
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -167,6 +168,10 @@ class _Page:
             return (*(gr.skip(),) * 5, chat)
         if act == "edit":
             return _open_editor(chat, index, draft)
+        at = float(data.get("at") or math.inf)
+        if at < chat.cast_at:  # Gradio hands over quick clicks in any order; the last one counts
+            return (*(gr.skip(),) * 5, chat)
+        chat.cast_at = at if at < math.inf else chat.cast_at
         if act == "undo":
             return await self.undo(chat, who)
         choice = index if act == "pick" else act if act in ("tie", "none") else None

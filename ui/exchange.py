@@ -56,6 +56,7 @@ class Chat:
     edit: str | None = None
     editing: int | None = None  # the reply in the edit box; -1 is a reply written from nothing
     drafts: dict[int, str] = field(default_factory=dict)  # what was written for other replies and not saved
+    cast_at: float = 0.0  # when the newest vote was clicked, milliseconds of the browser's clock
     voting: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False, compare=False)  # votes go out one after the other, as they were cast
     problem: str = ""
     too_long: bool = False  # the problem is that the conversation no longer fits the model
