@@ -105,11 +105,12 @@ def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[Ranke
     examples = []
     for item in sorted(voted, key=lambda item: item.vote.seq):
         comparison, vote = item.comparison, item.vote
+        replies = by_index(comparison.completions)
         first: dict[str, Any] = {}  # of the replies that read the same
-        for c in by_index(comparison.completions):
+        for c in replies:
             first.setdefault(c.text.strip(), c)
         texts = list(first)
-        groups = distinct(vote.groups, [texts.index(c.text.strip()) for c in by_index(comparison.completions)])
+        groups = distinct(vote.groups, [texts.index(c.text.strip()) for c in replies])
         shown = tuple(range(len(texts)))
         strict = bool(strict_pairs(groups))
         own = vote.edit if vote.edit and vote.edit.strip() not in texts else None

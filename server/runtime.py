@@ -7,7 +7,6 @@ Owns lifetimes. The parts own their work: `bridge.py` the engine thread, `deploy
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import secrets
 import shutil
@@ -31,6 +30,7 @@ from server.candidates import Candidates
 from server.cores import Cores
 from server.deployment import BASE, Deployment
 from server.errors import StartupError
+from server.keylog import KeyLog
 from server.metrics import Metrics
 from server.quota import Quota
 from server.settings import Settings
@@ -42,8 +42,6 @@ from store.store import Store
 
 log = structlog.get_logger("plaudit")
 T = TypeVar("T")
-POLL_S = 1.0
-KEY_ADDED, KEY_REVOKED = "key added", "key revoked"
 UPLOAD = ".upload-"  # how a directory begins in which an uploaded adapter is tried out
 
 
@@ -65,6 +63,7 @@ class Runtime:
         self.cores = Cores(self.bridge, self.rounds, settings.threads, settings.learner_threads)
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self.ballots = Ballots(store, self.db)
+        self.keylog = KeyLog(keyring, store, self.db)
         self.deployment = Deployment(
             settings, store, self.registry, self.rounds, self.bridge, self.metrics, self.db,
             base_digest=model.digest, dtype=str(model.dtype).removeprefix("torch."),
@@ -79,8 +78,6 @@ class Runtime:
         self.started: float | None = None  # Unix seconds
         self.draining = False
         self.running_chats = 0
-        self._noted: dict[str, str] | None = None  # key id -> role, as the audit log has them
-        self._watching: asyncio.Task[None] | None = None
         self._random = random.Random(settings.seed if settings.seed is not None else secrets.randbits(128))
 
     @classmethod
@@ -122,7 +119,7 @@ class Runtime:
         self.bridge.start()
         await self.cores.start()
         await self.deployment.start()
-        self._watching = asyncio.create_task(self._watch_keys(), name="keys")
+        await self.keylog.start()
         if self.supervisor is not None:
             await self.supervisor.start()
         self.started = time.time()
@@ -142,43 +139,13 @@ class Runtime:
         await self.drain()
         if self.supervisor is not None:
             await self.supervisor.stop()
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.keylog.stop()
         await self.deployment.stop()
         await self.cores.stop()
         await self.bridge.stop()
         await self.db(self.store.close)
         self._database.shutdown()
         log.info("stopped")
-
-    async def note_keys(self) -> None:
-        """Put keys that `plaudit keys` has made or revoked since into the audit log, which only the server may write."""
-        if self._noted is None:
-            self._noted = {}
-            for entry in await self.db(self.store.audit_log):
-                detail = json.loads(entry["detail"])
-                if entry["action"] == KEY_ADDED:
-                    self._noted[detail["key"]] = detail["role"]
-                elif entry["action"] == KEY_REVOKED:
-                    self._noted.pop(detail["key"], None)
-        there: dict[str, str] = {key.id: key.role for key in self.keyring.list()}
-        for action, ids in ((KEY_ADDED, there.keys() - self._noted.keys()), (KEY_REVOKED, self._noted.keys() - there.keys())):
-            for key_id in sorted(ids):
-                role = there.get(key_id) or self._noted[key_id]
-                await self.db(self.store.audit, "plaudit keys", action, {"key": key_id, "role": role})
-                if action == KEY_ADDED:
-                    self._noted[key_id] = role
-                else:
-                    del self._noted[key_id]
-
-    async def _watch_keys(self) -> None:
-        while True:
-            try:
-                await self.note_keys()
-            except Exception as error:  # a damaged file, a full disk: the next look may find it mended
-                log.warning("keys_not_noted", kind=type(error).__name__)
-            await asyncio.sleep(POLL_S)
 
     async def db(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a database call off the event loop, one at a time: the store has one writer."""

@@ -275,8 +275,10 @@ def test_closing_the_page_ends_the_request(chromium: Any, site: tuple[Fake, str]
     visit = Visit(chromium, site[1])
     visit.open().get_by_role("button", name="What are bees?").click()
     visit.page.wait_for_selector(".card .prose-box p:not(.dots)")
+    assert fake.cut_off == 0
     visit.context.close()
     until(lambda: fake.cut_off == 1, 10)
+    assert len(fake.asked) == 1
 
 
 def test_a_message_that_could_not_be_answered_is_kept_in_the_box(visit: Visit, fake: Fake) -> None:

@@ -510,7 +510,7 @@ def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_keys_made_and_revoked_are_in_the_audit_log_once(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.runtime.POLL_S", 0.05)
+    monkeypatch.setattr("server.keylog.POLL_S", 0.05)
     keyring = Keyring(tmp_path)
 
     def noted(store: Store) -> list[tuple[str, str]]:

@@ -299,8 +299,10 @@ def test_a_second_server_is_told_who_has_the_directory(store: Store) -> None:
 
 
 def test_the_lock_is_free_again_after_close(tmp_path: Path) -> None:
-    Store.open(tmp_path).close()
-    Store.open(tmp_path).close()
+    for _ in range(2):
+        with Store.open(tmp_path) as opened, pytest.raises(DataDirInUse):
+            Store.open(tmp_path)
+        assert opened.data_dir == tmp_path
 
 
 def test_a_file_where_the_directory_should_be_is_one_clear_line(tmp_path: Path) -> None:
