@@ -70,7 +70,7 @@ class Workshop:
         """`group` whole replies of `version` to each prompt."""
         ids = [self.render(p) for p in prompts for _ in range(group)]
         engine = Engine(self.model, self.tokenizer, max_sequences=48, max_context=min(self.model.max_context, max(map(len, ids)) + 256))
-        params = [SamplingParams(temperature=1.0, max_tokens=256, seed=seed * 1_000_003 + i) for i in range(len(ids))]
+        params = [SamplingParams(**self.model.sampling._asdict(), max_tokens=256, seed=seed * 1_000_003 + i) for i in range(len(ids))]
         found = engine.generate(ids, params, version)
         return [found[i : i + group] for i in range(0, len(found), group)]
 

@@ -67,9 +67,9 @@ class Judge:
         return self.tokenizer.render([{"role": "user", "content": prompt}])
 
     def sample(self, prompts: Sequence[str], each: int, adapter: Path | None, stream: int) -> list[Reply]:
-        """`each` replies to every prompt, by the policy saved at `adapter` or the base. Other streams draw other replies."""
+        """`each` replies to every prompt, as a server would give them, by the policy saved at `adapter` or the base. Other streams draw other replies."""
         ids = [self.render(p) for p in prompts for _ in range(each)]
-        how = [SamplingParams(max_tokens=MAX_TOKENS, seed=(self.seed * 1009 + stream) * 1_000_003 + i) for i in range(len(ids))]
+        how = [SamplingParams(**self.model.sampling._asdict(), max_tokens=MAX_TOKENS, seed=(self.seed * 1009 + stream) * 1_000_003 + i) for i in range(len(ids))]
         version = self._load(adapter)
         try:
             return self.engine.generate(ids, how, version)

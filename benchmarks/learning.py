@@ -79,7 +79,7 @@ class Streams:
 
     def one(self, http: httpx.Client, prompt: str, seed: int) -> dict[str, Any]:
         """Stream one reply; raises RuntimeError when the stream ends without saying how."""
-        body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed, "temperature": 1.0}
+        body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed}
         models: set[str] = set()
         text, reason, ended, comparison = "", None, False, ""
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:

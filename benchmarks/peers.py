@@ -41,8 +41,9 @@ from learner.config import LearnerConfig
 from learner.data import examples_from_votes
 from learner.metrics import paired_difference
 from learner.ppo import train_ppo
+from learner.practice import choose_prompts
 from learner.prompts import POOL, prompts_from
-from learner.round import choose_prompts, train_reward
+from learner.round import train_reward
 from learner.tastes import taste_named
 from server.settings import STARTER
 from store.records import VotedComparison

@@ -53,7 +53,7 @@ def sampled(source: str, count: int, seed: int) -> list[list[str]]:
     prompts = [prompt for deck in decks for prompt in draw.sample(deck, min(count // 2, len(deck)))]
     ids = [tokenizer.render([{"role": "user", "content": p}]) for p in prompts for _ in range(SHOWN + 1)]
     engine = Engine(model, tokenizer, max_sequences=48, max_context=min(model.max_context, max(map(len, ids)) + 256))
-    params = [SamplingParams(temperature=1.0, max_tokens=256, seed=seed * 1_000_003 + i) for i in range(len(ids))]
+    params = [SamplingParams(**model.sampling._asdict(), max_tokens=256, seed=seed * 1_000_003 + i) for i in range(len(ids))]
     texts = [reply.text for reply in engine.generate(ids, params, BASE)]
     return [texts[i : i + SHOWN + 1] for i in range(0, len(texts), SHOWN + 1)]
 

@@ -75,7 +75,7 @@ class Chatter:
                 number += 1
 
     def _reply(self, http: httpx.Client, prompt: str, seed: int) -> None:
-        body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed, "temperature": 1.0}
+        body = {"model": "plaudit", "messages": [{"role": "user", "content": prompt}], "stream": True, "seed": seed}
         last = None
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:

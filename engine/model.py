@@ -50,6 +50,7 @@ class CausalModel(nn.Module):
         self.vocab_size: int = text.vocab_size
         self.max_context = context_limit(text)
         self.eos_ids = source.eos_ids(directory)
+        self.sampling = source.sampling(directory)
         pad = text.pad_token_id
         named = pad is not None and 0 <= pad < self.vocab_size  # some configs say -1, or a token that the embedding has no row for
         self.pad_id: int = pad if named else next(iter(self.eos_ids), 0)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from engine.gpu import onto
 
 BLOCK = 1024  # tokens
+NUCLEUS = 256  # tokens that are looked at first
 MASK = (1 << 64) - 1
 
 
@@ -47,11 +48,14 @@ def sample(
     if all(greedy):
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        kept = probs
-        if any(p < 1 for p in top_ps):
-            kept = nucleus(probs, onto(device, top_ps, torch.float32))
-        find = invert_in_blocks if probs.is_cuda else invert
-        tokens = find(kept, onto(device, uniforms, torch.float64))
+        drawn = onto(device, uniforms, torch.float64)
+        cut = [i for i, p in enumerate(top_ps) if p < 1]
+        if len(cut) == len(top_ps):
+            tokens = nucleus(probs, onto(device, top_ps, torch.float64), drawn)
+        else:
+            tokens = (invert_in_blocks if probs.is_cuda else invert)(probs, drawn)
+            if cut:
+                tokens[cut] = nucleus(probs[cut], onto(device, [top_ps[i] for i in cut], torch.float64), drawn[cut])
         if any(greedy):
             tokens = torch.where(onto(device, greedy, torch.bool)[:, None], logits.argmax(-1, keepdim=True), tokens)
     logprobs = probs.gather(-1, tokens).log()
@@ -89,23 +93,19 @@ def invert_in_blocks(probs: Tensor, uniforms: Tensor) -> Tensor:
     return (block * BLOCK + torch.searchsorted(inside, within, right=True)).clamp(max=probs.shape[-1] - 1)
 
 
-def nucleus(probs: Tensor, top_ps: Tensor) -> Tensor:
-    """Probabilities (n, V) with the tail cleared: kept are the fewest likeliest tokens that together reach top_p (n,).
+def nucleus(probs: Tensor, top_ps: Tensor, uniforms: Tensor, count: int = NUCLEUS) -> Tensor:
+    """(n, V) probabilities, (n,) top-p, (n,) numbers in [0, 1) -> (n, 1): a token of each row's nucleus, the fewest likeliest tokens that together reach top-p.
 
-    Holtzman et al. 2020. The likeliest token is always kept. Not renormalised.
+    Holtzman et al. 2020. Inverts the cumulative distribution in order of likelihood; the likeliest token is always kept. `count` of them are sorted, and more
+    only in rows that need more: a nucleus is nearly always small, and a full sort of a big vocabulary slow.
     """
-    kept = probs.clone()
-    rows = (top_ps < 1).nonzero()[:, 0]
-    count = min(
-        256, probs.shape[-1]
-    )  # the nucleus is nearly always small, and a full sort of a big vocabulary slow
-    while True:
-        top, index = probs[rows].topk(count, dim=-1)  # (rows, count), likeliest first
-        total = top.cumsum(-1)
-        if count == probs.shape[-1] or bool((total[:, -1] >= top_ps[rows]).all()):
-            break
-        count = min(8 * count, probs.shape[-1])
-    inside = (total - top) < top_ps[rows, None]  # what was gathered before this token had not reached top_p
-    inside[:, 0] = True  # a top_p too small for float32 is 0
-    kept[rows] = torch.zeros_like(probs[rows]).scatter_(-1, index, top * inside)
-    return kept
+    count = min(count, probs.shape[-1])
+    top, index = probs.topk(count, dim=-1)  # (n, count), likeliest first
+    total = top.cumsum(-1, dtype=torch.float64)
+    last = torch.searchsorted(total, top_ps[:, None]).clamp(max=count - 1)  # the first with which top-p is reached
+    target = uniforms[:, None] * total.gather(-1, last)
+    tokens = index.gather(-1, torch.minimum(torch.searchsorted(total, target, right=True), last))
+    more = total[:, -1] < top_ps
+    if count < probs.shape[-1] and bool(more.any()):
+        tokens[more] = nucleus(probs[more], top_ps[more], uniforms[more], 8 * count)
+    return tokens

@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -156,6 +156,24 @@ def digest(directory: Path) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+class Sampling(NamedTuple):
+    """How a model asks to be sampled where nobody says otherwise."""
+
+    temperature: float = 1.0  # above 0
+    top_p: float = 1.0  # in (0, 1]
+
+
+def sampling(directory: Path) -> Sampling:
+    """What generation_config.json says of temperature and top-p, as other servers read it; 1 for what it does not say or says badly."""
+    given = read_json(directory / "generation_config.json")
+    found = {}
+    for name, most in (("temperature", 2.0), ("top_p", 1.0)):
+        value = given.get(name)
+        if isinstance(value, int | float) and 0 < value <= most:
+            found[name] = float(value)
+    return Sampling(**found)
 
 
 def eos_ids(directory: Path) -> tuple[int, ...]:

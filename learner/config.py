@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # for its name alone: it would load torch
+    from engine.source import Sampling
 
 
 class ConfigError(ValueError):
@@ -59,7 +62,7 @@ class PPOConfig:
     prompts_per_update: int = 12
     replies_per_prompt: int = 4  # 12 x 4 = 48 rollouts an update
     max_new_tokens: int = 160  # a rollout's reply: a list of six facts takes up to 139, and what is cut was not judged whole
-    temperature: float = 1.0  # of the rollouts, and of the log-probabilities that are optimised
+    temperature: float = 0.0  # of the rollouts, and of the log-probabilities that are optimised; 0: what the model asks for, as people get its replies
     epochs: int = 2  # passes over one rollout batch
     minibatches: int = 2
     lora_r: int = 16
@@ -99,7 +102,7 @@ class PPOConfig:
         _need(self.estimator != "rloo" or self.replies_per_prompt >= 2, "ppo.replies_per_prompt must be at least 2 for rloo")
         _need(self.minibatches >= 1 and self.judge_every >= 1 and self.patience >= 1, "ppo.minibatches, ppo.judge_every and ppo.patience must be at least 1")
         _need(self.kl_horizon > 0, "ppo.kl_horizon must be positive")
-        _need(self.temperature > 0, "ppo.temperature must be positive")
+        _need(self.temperature >= 0, "ppo.temperature must not be negative")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
         _need(self.max_seconds > 0, "ppo.max_seconds must be positive")
@@ -141,7 +144,8 @@ class GateConfig:
     prompts: int = 144  # held-out prompts; a third or two of them where those leave no doubt who wins
     replies_per_prompt: int = 4  # sampled from each of live, candidate and reference
     max_new_tokens: int = 160
-    temperature: float = 1.0
+    temperature: float = 0.0  # of the replies; 0: what the model asks for, as people get them
+    top_p: float = 0.0  # the same
     min_win_rate: float = 0.5  # the lower bound of the win rate against live must be above it
     max_kl: float = 8.0  # nats a reply against the reference
     max_length_ratio: float = 6.0  # mean tokens, candidate over live, either way
@@ -156,6 +160,7 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         _need(self.prompts >= 1 and self.replies_per_prompt >= 1, "gate.prompts must be at least 1")
+        _need(self.temperature >= 0 and 0 <= self.top_p <= 1, "gate.temperature must not be negative, gate.top_p between 0 and 1")
         _need(self.attempts >= 1 and 0 < self.shrink < 1, "gate.attempts must be at least 1, gate.shrink between 0 and 1")
 
 
@@ -196,6 +201,10 @@ class LearnerConfig:
         """Build from nested dicts; missing fields take their default. Raises ConfigError for an unknown one."""
         return _build(cls, fields, "")
 
+    def served(self, sampling: Sampling) -> LearnerConfig:
+        """A copy that says how replies are sampled, by the model's own `sampling` where it leaves that open."""
+        return replace(self, ppo=served(self.ppo, sampling), gate=served(self.gate, sampling))
+
     def override(self, settings: Mapping[str, str]) -> LearnerConfig:
         """A copy with dotted settings replaced, as from `--set ppo.updates=10`. Raises ConfigError."""
         nested = self.to_dict()
@@ -208,6 +217,14 @@ class LearnerConfig:
             _need(not isinstance(target[name], dict), f"{dotted} is a section, not a setting")
             target[name] = _parse(dotted, text, type(target[name]))
         return LearnerConfig.from_dict(nested)
+
+
+Section = TypeVar("Section", PPOConfig, GateConfig)
+
+
+def served(section: Section, sampling: Sampling) -> Section:
+    """A copy of a section with temperature and top-p by `sampling` where they are 0."""
+    return replace(section, **{name: value for name, value in sampling._asdict().items() if getattr(section, name, None) == 0})
 
 
 SECTIONS = {"reward": RewardConfig, "ppo": PPOConfig, "gate": GateConfig, "sft": SFTRoundConfig}

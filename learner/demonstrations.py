@@ -18,7 +18,8 @@ from typing import Any
 from engine.tokenizer import ChatTokenizer
 from learner.config import LearnerConfig
 from learner.finetune import AdapterModule, finetune, last_reply, mean_loss
-from learner.round import POLICY, REFERENCE, START, Lap, Learner, Report, RoundStopped, choose_prompts
+from learner.practice import choose_prompts
+from learner.round import POLICY, REFERENCE, START, Lap, Learner, Report, RoundStopped
 from learner.sft import Example
 
 

@@ -194,12 +194,12 @@ def known_answers(model: CausalModel, tokenizer: ChatTokenizer, adapters: Adapte
 
 def blind_win_rate(
     model: CausalModel, tokenizer: ChatTokenizer, adapters: Adapters, reward: RewardModel, prompts: Sequence[Sequence[dict[str, str]]],
-    *, replies: int = 2, max_tokens: int = 96, temperature: float = 1.0, limit: int | None = None, seed: int = 0,
+    *, replies: int = 2, max_tokens: int = 96, limit: int | None = None, seed: int = 0,
     progress: Progress | None = None,
 ) -> Figure:  # fmt: skip
     """Share of pairs of replies to one prompt that the first version wins, over the reward model's members, ties half.
 
-    The members see prompt and reply and nothing of where it came from. Both versions draw with the same seeds. Prompts that the chat
+    The members see prompt and reply and nothing of where it came from. Both versions draw with the same seeds, at the model's own temperature and top-p. Prompts that the chat
     template refuses, and those without room for a reply, are left out. Raises EvaluationError when none is left.
     """
     if len(adapters) != 2:
@@ -220,7 +220,7 @@ def blind_win_rate(
         for begin in range(0, len(fitting), ROWS):
             part = fitting[begin : begin + ROWS]
             batch = rollout.sample(
-                engine, part, version=adapter or BASE, group=replies, max_tokens=max_tokens, temperature=temperature,
+                engine, part, version=adapter or BASE, group=replies, max_tokens=max_tokens, **model.sampling._asdict(),
                 seed=seed * 1_000_003 + begin * replies,
             )  # fmt: skip
             own.append(reward.score(batch.prompts, batch.completions))

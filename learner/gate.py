@@ -23,7 +23,7 @@ from engine.engine import BASE, Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
-from learner.config import GateConfig
+from learner.config import GateConfig, served
 from learner.metrics import student
 from learner.packing import PackedRows
 from learner.reward import RewardModel
@@ -134,7 +134,7 @@ def run_gate(
     win rate and nothing else (instruction finetuning was not made to win by them). probes: known answers
     `{"prompt", "answer"}`; the bundled ones when None. facts: what the reference made of them before, if it was asked. Returns `Verdict.to_dict()`. Raises GateError.
     """
-    show = progress or (lambda fraction, words: None)
+    show, config = progress or (lambda fraction, words: None), served(config, model.sampling)
     weights = model.lora.parameters(candidate)
     if bad := [name for name, p in weights.items() if not bool(p.isfinite().all())]:
         return Verdict((finite_check(len(bad)),), {}).to_dict()  # nothing else can be asked of it
@@ -154,7 +154,7 @@ def run_gate(
             try:
                 batch = rollout.sample(
                     engine, part, version=version or BASE, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
-                    temperature=config.temperature, seed=seed * 1_000_003 + 7 + look * len(fitting) * config.replies_per_prompt,
+                    temperature=config.temperature, top_p=config.top_p, seed=seed * 1_000_003 + 7 + look * len(fitting) * config.replies_per_prompt,
                 )  # fmt: skip
             except FloatingPointError:
                 return Verdict((finite_check(1),), {}).to_dict()

@@ -28,7 +28,7 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.advantages import gae, leave_one_out, token_rewards, whiten
-from learner.config import PPOConfig
+from learner.config import PPOConfig, served
 from learner.faults import FaultPrice, broken_share, fault_advantages, fault_rewards, fault_tokens
 from learner.kl_control import KLController, kl_price
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
@@ -120,7 +120,7 @@ def train_ppo(
     run's history, which is then run again as it was, however fast; empty: as updates, tokens and seconds are used up.
     Raises PPOError or RewardDiverged when a number is not finite, PPOError when no prompt fits.
     """
-    began = time.monotonic()
+    began, config = time.monotonic(), served(config, model.sampling)
     fitting = [list(p) for p in prompts if len(p) + config.max_new_tokens <= model.max_context]
     if not fitting:
         raise PPOError(

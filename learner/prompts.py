@@ -1,6 +1,6 @@
 """Prompts from files: what simulated people ask, what operators add to the practice of a round, what versions are compared on.
 
-Owns the layouts. Does not choose among prompts (`learner/round.py`).
+Owns the layouts. Does not choose among prompts (`learner/practice.py`).
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ def sample(
     max_tokens: int,
     temperature: float,
     seed: int,
+    top_p: float = 1.0,
 ) -> Trajectories:
     """`group` replies to each prompt by adapter `version`; reply i of the batch has seed `seed + i`.
 
@@ -109,7 +110,7 @@ def sample(
     """
     repeated = [list(p) for p in prompts for _ in range(group)]
     params = [
-        SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed + i) for i in range(len(repeated))
+        SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed + i) for i in range(len(repeated))
     ]
     replies = engine.generate(repeated, params, version)
     if any(s.finish_reason == "cancelled" for s in replies):

@@ -7,16 +7,14 @@ round runs (`worker.py`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import random
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,10 @@ from engine.tokenizer import ChatTokenizer
 from learner.config import GateConfig, LearnerConfig
 from learner.data import (
     RankedExample,
-    Renderer,
     data_digest,
     examples_from_votes,
     newest,
     prompt_groups,
-    prompt_key,
     split_folds,
 )
 from learner.gate import GateError, Probe, run_gate
@@ -44,7 +40,8 @@ from learner.heads import learning_curve
 from learner.kl_control import kl_warranted
 from learner.metrics import agreement, length_baseline, reward_report
 from learner.ppo import PPOError, train_ppo
-from learner.prompts import POOL, PromptsError, conversations_from
+from learner.practice import Prompts, choose_prompts
+from learner.prompts import PromptsError
 from learner.reliability import voters_report
 from learner.reward import RewardDiverged, RewardModel
 from learner.reward_fit import Known, cross_validate, fit_members
@@ -74,21 +71,13 @@ class RoundStopped(Exception):
         self.state = state
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids of the prompts of one round: what PPO practises on, and what the gate asks. They share none."""
-
-    practice: tuple[tuple[int, ...], ...]
-    held_out: tuple[tuple[int, ...], ...]
-
-
 class Learner:
     """The model in memory, and where rounds and versions are kept."""
 
     def __init__(
         self, model: CausalModel, tokenizer: ChatTokenizer, config: LearnerConfig, files: RoundFiles, registry: AdapterRegistry
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model, self.tokenizer, self.config = model, tokenizer, config.served(model.sampling)
         model.pack()  # before anything is read: a replay reads votes first that a later round read after sampling, and finds the same bits
         self.files, self.registry = files, registry
         self.features: Known = {}  # of the votes, on the base: they are read once, not every round
@@ -328,67 +317,6 @@ def train_reward(
         model, checked.examples, config.reward, checked.epochs, checked.ridge, seed, lambda f, m: progress(0.55 + 0.45 * f, m), checked.features
     )
     return reward, checked.judges, report, True
-
-
-def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerConfig, seed: int) -> Prompts:
-    """People's own prompts, a share of them held out for the gate; the operator's pool, or else the bundled one, makes up
-    the numbers on both sides. A pool that an operator gave is half of the practice at least. Raises PromptsError.
-
-    A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
-    versions apart by; the bundled ones are plain things to say to an assistant. Which side a prompt is on does not depend on the round: it goes
-    by the conversation that asked it first, or by the pool where that has it (`held_out_side`). So a version is not judged on what those it
-    comes from practised, and of a conversation only what an earlier one said word for word can be on the other side.
-    """
-    rng = random.Random(f"prompts/{seed}")
-    half = config.gate.prompts / (config.gate.prompts + config.practice_prompts)
-    pool = rendered(((said, first_turn(said)) for said in conversations_from(Path(config.pool) if config.pool else POOL)), tokenizer)
-    oldest = [item.comparison for item in sorted(voted, key=lambda item: item.comparison.created)]
-    own = rendered((([{"role": m["role"], "content": m["content"]} for m in c.messages], str(c.conversation_id)) for c in oldest), tokenizer)
-    practice, held_out = list[tuple[int, ...]](), list[tuple[int, ...]]()
-    for key in shuffled(own, rng):
-        belongs, share = (pool[key][0], half) if key in pool else (own[key][0], config.held_out_prompts)
-        (held_out if held_out_side(belongs, share, config.seed) else practice).append(own[key][1])
-    wanted = max(config.practice_prompts, 2 * len(practice) if config.pool else 0)
-    for key in shuffled(pool.keys() - own.keys(), rng):
-        belongs, ids = pool[key]
-        if held_out_side(belongs, half, config.seed):
-            if len(held_out) < config.gate.prompts:
-                held_out.append(ids)
-        elif len(practice) < wanted:
-            practice.append(ids)
-    if not practice or not held_out:
-        raise PromptsError(f"{len(own.keys() | pool.keys())} prompts are too few to practise on some and be judged on others: give a longer pool")
-    return Prompts(tuple(practice), tuple(held_out))
-
-
-def first_turn(messages: Sequence[Any]) -> str:
-    """Key of a conversation's messages up to the first of the user's."""
-    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
-    return prompt_key(messages[: first + 1])
-
-
-def rendered(prompts: Iterable[tuple[Sequence[Any], str]], tokenizer: Renderer) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(messages, what it belongs to) each -> {key of the messages: (what the first such belongs to, token ids)}; what the chat template refuses is left out."""
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for messages, belongs in prompts:
-        key = prompt_key(messages)
-        if key not in found:
-            with contextlib.suppress(ValueError):
-                found[key] = belongs, tuple(tokenizer.render(list(messages)))
-    return found
-
-
-def shuffled(keys: Iterable[str], rng: random.Random) -> list[str]:
-    """In an order that is `rng`'s alone."""
-    order = sorted(keys)
-    rng.shuffle(order)
-    return order
-
-
-def held_out_side(key: str, share: float, seed: int) -> bool:
-    """Whether what has this key is among the `share` that is kept for judging; the same in every round of a learner."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple[int, str]]:

@@ -98,7 +98,7 @@ class Client:
     def sample(self, prompt: Prompt, n: int, seed: int, *, model: str = "plaudit", voter: str | None = None, max_tokens: int | None = None) -> Any:
         """One comparison: the chat completion as the server answers it."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        body = {"model": model, "messages": messages, "n": n, "seed": seed, "temperature": 1.0}
+        body = {"model": model, "messages": messages, "n": n, "seed": seed}
         return self.call("POST", "/v1/chat/completions", body | ({"max_tokens": max_tokens} if max_tokens else {}), voter)
 
     def texts(self, prompt: Prompt, n: int, seed: int, **options: Any) -> list[str]:

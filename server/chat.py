@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from engine.engine import PromptTooLong, QueueFull, SamplingParams, Sequence, UnknownVersion
+from engine.source import Sampling
 from server.access import User, runtime_of
 from server.auth import Identity
 from server.bridge import EngineFailed, Piece, Stream
@@ -70,6 +71,7 @@ class Chat:
         self.conversation_id = (body.metadata or {}).get("conversation_id") or "conv_" + secrets.token_hex(12)
         # Blind until the vote: a name would say which reply is whose.
         self.model = f"plaudit@{slots.versions[0]}" if self.n == 1 else "plaudit"
+        self.sampling = Sampling(*(own if asked is None else asked for own, asked in zip(runtime.sampling, (body.temperature, body.top_p), strict=True)))
         self.seeds = [(slots.seed + i * GOLDEN) % 2**63 for i in range(plan.sampled)]
         self.stream: Stream
         self._closed = False
@@ -101,8 +103,8 @@ class Chat:
         chat = cls(runtime, body, who, slots, prompt_ids, plan)
         params = [
             SamplingParams(
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
+                temperature=chat.sampling.temperature,
+                top_p=chat.sampling.top_p,
                 max_tokens=min(body.length_limit or limit, room),
                 stop=body.stops,
                 seed=s,
@@ -256,7 +258,7 @@ class Chat:
             for i, (s, which) in enumerate(zip(self.sequences, self.shown, strict=True))
         )
         settings = {
-            "model": self.body.model, "n": self.n, "temperature": self.body.temperature, "top_p": self.body.top_p,
+            "model": self.body.model, "n": self.n, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p,
             "max_tokens": self.body.length_limit, "stop": list(self.body.stops), "seed": self.slots.seed,
             "mixed": self.slots.mixed, "prompt_tokens": len(self.prompt_ids), "choice": self.choice_note(),
         }

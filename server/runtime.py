@@ -21,7 +21,7 @@ import torch
 
 from engine.engine import Engine
 from engine.model import CausalModel
-from engine.source import ModelError
+from engine.source import ModelError, Sampling
 from engine.tokenizer import ChatTokenizer
 from server.auth import Keyring, VoterHash, check_bind
 from server.ballots import Ballots
@@ -53,6 +53,7 @@ class Runtime:
         self.settings, self.store, self.keyring, self.voter_hash = settings, store, keyring, voter_hash
         self.model, self.tokenizer = model, tokenizer
         self.max_context = min(settings.max_context or model.max_context, model.max_context)
+        self.sampling = Sampling(settings.temperature or model.sampling.temperature, settings.top_p or model.sampling.top_p)  # where a request does not say
         self.metrics = Metrics()
         self.quota = Quota(settings.rate_requests, settings.rate_chat)
         self.registry = AdapterRegistry(settings.data_dir / "adapters")

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     reuse_mb: int = Field(
         256, ge=0, description="MiB for what was read before, so that the next turn of a conversation starts sooner; 0 = off")
     max_tokens: int = Field(1024, ge=1, description="longest reply in tokens, and the default length cap")
+    temperature: float | None = Field(
+        None, gt=0, le=2, description="temperature of requests that name none; default the model's own (its generation_config.json), else 1")
+    top_p: float | None = Field(None, gt=0, le=1, description="top-p of requests that name none; default the model's own, else 1")
     request_timeout_s: float = Field(120.0, gt=0, description="deadline of one chat request, in seconds")
     grace_s: float = Field(20.0, ge=0, description="how long running requests may finish at shutdown, in seconds")
     max_body_bytes: int = Field(256 * 1024, ge=1024, description="largest request body")

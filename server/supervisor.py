@@ -47,6 +47,11 @@ def learner_options(settings: Settings) -> list[str]:
     """What `settings` mean to a learner."""
     options = ["--data-dir", str(settings.data_dir), "--model", settings.model, "--round-votes", str(settings.round_votes)]
     options += ["--threads", str(settings.learner_threads), "--device", settings.device, "--dtype", settings.dtype]  # as served, so that probes agree
+    for name in ("temperature", "top_p"):
+        if (value := getattr(settings, name)) is not None:
+            options += ["--set", f"gate.{name}={value}"]
+    if settings.temperature is not None:
+        options += ["--set", f"ppo.temperature={settings.temperature}"]
     return [*options, *settings.learner_args]
 
 

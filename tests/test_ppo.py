@@ -30,6 +30,7 @@ from learner.value import TrainedValue
 
 QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Name a fruit.", "Thanks!"]
 SMALL = PPOConfig(
+    temperature=1.0,
     estimator="gae", updates=3, prompts_per_update=4, replies_per_prompt=4, max_new_tokens=12, epochs=1, minibatches=1, lora_r=4, lora_alpha=8,
     lr=5e-3, value_lr=5e-3, broken_penalty=0.0, missing_eos_penalty=0.0, kl_target=20.0, kl_ceiling=10.0, max_seconds=300.0,
 )  # fmt: skip

@@ -15,14 +15,16 @@ from safetensors.torch import load_file
 
 from engine.engine import probe
 from engine.model import CausalModel
+from engine.source import Sampling
 from engine.tokenizer import ChatTokenizer
 from learner import gate
 from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
 from learner.data import examples_from_votes
 from learner.ppo import PPOError
+from learner.practice import choose_prompts
 from learner.prompts import PromptsError
-from learner.round import Learner, RoundStopped, choose_prompts, close_unfinished, replay_round, train_reward
+from learner.round import Learner, RoundStopped, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
 from store.records import Completion, NewComparison
 from store.rounds import RoundFiles
@@ -117,7 +119,7 @@ def test_the_record_has_the_contracts_shape_and_all_it_takes_to_replay(published
     assert on_disk == json.loads(json.dumps(record))
     assert {"round", "state", "started", "ended", "votes", "reward", "ppo", "gate", "version"} <= set(on_disk)
     assert on_disk["votes"] == len(on_disk["vote_ids"]) == 24 and on_disk["last_seq"] == 24
-    assert LearnerConfig.from_dict(on_disk["config"]) == QUICK
+    assert LearnerConfig.from_dict(on_disk["config"]) == QUICK.served(Sampling())
     reward = on_disk["reward"]
     assert reward["verdict"] in ("works", "only_length") and reward["accuracy"]["low"] > 0.5
     assert {"ece", "brier", "length_only", "agreement", "split", "interval", "words"} <= set(reward)

@@ -68,12 +68,24 @@ def test_nucleus_keeps_what_a_plain_loop_keeps(vocab: int) -> None:
     spread = torch.tensor([[0.01], [1.0], [6.0], [0.3]])  # from nearly flat to nearly certain
     probs = (torch.randn(4, vocab, generator=generator) * spread).softmax(-1)
     top_ps = [0.9, 0.35, 0.999, 1.0]
-    kept = nucleus(probs, torch.tensor(top_ps))
-    for i, p in enumerate(top_ps):
-        expected = probs[i].tolist() if p == 1 else naive_nucleus(probs[i].tolist(), p)
-        differing = [j for j, (a, b) in enumerate(zip(kept[i].tolist(), expected, strict=True)) if a != b]
-        assert len(differing) <= 1  # float32 and float64 sums may part at the very edge
-        assert p == 1 or abs(kept[i].sum().item() - sum(expected)) < 2 * probs[i].max().item()
+    n = 1000
+    numbers = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # evenly, so every token gets its share of them to within one
+    for row_probs, p in zip(probs, top_ps, strict=True):
+        drawn = nucleus(row_probs.expand(n, -1), torch.full((n,), p, dtype=torch.float64), numbers)[:, 0].bincount(minlength=vocab)
+        kept = torch.tensor(naive_nucleus(row_probs.tolist(), p), dtype=torch.float64)
+        off = (drawn - n * kept / kept.sum()).abs() > 1.01
+        assert int(off.sum()) <= 1  # float32 and float64 sums may part at the very edge
+        assert int(drawn.sum()) == n and drawn[kept == 0].sum() <= 1
+
+
+def test_a_seed_draws_the_same_token_whatever_needs_a_longer_look_beside_it() -> None:
+    generator = torch.Generator().manual_seed(5)
+    sharp, flat = torch.randn(6, 4000, generator=generator) * 3, torch.zeros(6, 4000)
+    numbers = [uniform(s, 0) for s in range(6)]
+    alone = [sample(sharp[i : i + 1], [1.0], [0.9], numbers[i : i + 1])[0][0] for i in range(6)]
+    for others, top_p in ((flat, 0.9), (flat, 1.0), (sharp, 1.0)):
+        together, _ = sample(torch.cat([sharp, others]), [1.0] * 12, [0.9] * 6 + [top_p] * 6, numbers * 2)
+        assert together[:6] == alone
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 1e-50])  # the latter is 0 in float32

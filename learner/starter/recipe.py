@@ -48,6 +48,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+TOP_P = 0.97  # what a reply is sampled with unless asked otherwise: the least likely tokens are mostly slips
 CONTEXT = 2048  # positions; training text is far shorter, rotary embeddings carry the rest
 # Words with their leading space, single digits, runs of punctuation, line ends: so that merges never cross words.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -123,7 +124,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path)
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+        do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0,
     )
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
     half = LlamaForCausalLM(model.config)
