@@ -2,8 +2,8 @@
 
     python -m benchmarks.starter [--model DIR] [--base DIR] [--page FILE] [--quick]
 
-Facts: every taught question of every topic, and 200 about countries, each in a wording that is never in training, answered greedily and at
-temperature 1; right is a reply that holds a key phrase of the answer. Form: 1,000 replies at temperature 1 that end, repeat nothing and
+Facts: every taught question of every topic, and 200 about countries, each in a wording that is never in training, answered greedily and
+sampled, as the model's generation_config.json asks; right is a reply that holds a key phrase of the answer. Form: 1,000 sampled replies that end, repeat nothing and
 hold no damaged character (`measure.well_formed`). Invented: replies to requests to explain with a word that was never taught. Styles: four samples of a request to explain each topic; the classifier has its own tests.
 Alike: two of those four are the same, word for word. Broken lists: of two requests a topic to explain it with a list, the replies with any fault of `learner/text_checks.py`. Counted: 200 requests for two to six facts about a thing, answered with a list of as many.
 Honesty: the first 100 prompts of `alpaca_eval_prompts`; a short reply that says that it is small or does not know (`measure.honest`).
@@ -37,7 +37,7 @@ TASKS = (
 )
 PAGE = """# The starter model, unedited
 
-Twenty-eight prompts, the first sample of each at temperature 1, seed 0, nothing picked or mended. On the left the base, which has only been
+Twenty-eight prompts, the first sample of each, seed 0, nothing picked or mended. On the left the base, which has only been
 pretrained on plain text and goes on with what it is given; on the right the assistant, after instruction finetuning. Made by
 `python -m benchmarks.starter --base DIR --page docs/starter.md`.
 
@@ -99,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warm = measure.shares_right(asked, sampler.replies(words))["all"]
     small = measure.task_questions()[::step]
     tasks = measure.shares_right(small, sampler.replies([a.prompt for a in small], greedy=True))
-    print(f"facts right: {facts['all']:.1%} greedy, {warm:.1%} at temperature 1, of {len(asked)}; small tasks {tasks['all']:.1%} of {len(small)}", flush=True)
+    print(f"facts right: {facts['all']:.1%} greedy, {warm:.1%} sampled, of {len(asked)}; small tasks {tasks['all']:.1%} of {len(small)}", flush=True)
     print("  " + ", ".join(f"{k} {v:.0%}" for k, v in {**facts, **tasks}.items() if k != "all"), flush=True)
     numbers = measure.count_questions()[::step]
     counted = [measure.shares_right(numbers, sampler.replies([a.prompt for a in numbers], greedy=greedy))["all"] for greedy in (True, False)]
-    print(f"so many facts as were asked for: {counted[0]:.1%} greedy, {counted[1]:.1%} at temperature 1, of {len(numbers)}", flush=True)
+    print(f"so many facts as were asked for: {counted[0]:.1%} greedy, {counted[1]:.1%} sampled, of {len(numbers)}", flush=True)
 
     # 2. Styles and form.
     explain = measure.explain_prompts()[::step]
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {"facts": facts["all"], "well_formed": form, "styles": styles, "honest": honest}
     met = {name: figures[name] is not None and figures[name] >= target for name, target in TARGETS.items()}  # type: ignore[operator]
     print(json.dumps({
-        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_at_temperature_1": warm, "invented_words": invented, "alike": alike, "lists_broken": lists_broken, "counted": counted[0], "counted_at_temperature_1": counted[1], "facts_by_kind": facts, "tasks_by_kind": tasks,
+        "benchmark": "starter", "targets": TARGETS, "met": met, **figures, "facts_sampled": warm, "invented_words": invented, "alike": alike, "lists_broken": lists_broken, "counted": counted[0], "counted_sampled": counted[1], "facts_by_kind": facts, "tasks_by_kind": tasks,
         "stages": stages, "counts": {"facts": len(asked), "tasks": len(small), "replies": len(drawn), "explain": len(explain), "counted": len(numbers), "listed": len(listed), "real": len(real)},
     }))
     return 0 if all(met.values()) else 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.model import CausalModel
+from engine.source import Sampling
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import GateConfig, RewardConfig
@@ -224,6 +225,19 @@ def test_the_gate_runs_on_a_real_model_and_the_live_version_itself_does_not_pass
     assert gate["verdict"] == "rejected" and gate["failed"] == ["win_rate"]
     assert gate["win_rate"] == 0.5 and gate["kl"] == 0.0 and gate["broken"] == gate["live_broken"]
     assert said == sorted(said) and said[-1] < 1
+
+
+def test_replies_are_those_that_people_get(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float]] = []
+    sample = rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda *args, **how: asked.append((how["temperature"], how["top_p"])) or sample(*args, **how))
+    monkeypatch.setattr(model, "sampling", Sampling(0.8, 0.5))
+    model.lora.create("same", r=4, seed=0)
+    for config in (GateConfig(max_new_tokens=4), GateConfig(max_new_tokens=4, top_p=1.0)):
+        run_gate(model, tokenizer, None, prompts=prompts, candidate="same", live=None, reference=None, config=config, probes=[])
+    assert asked == [(0.8, 0.5)] * 2 + [(0.8, 1.0)] * 2
 
 
 class Partial(RewardModel):

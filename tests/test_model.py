@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,16 @@ def test_the_context_is_what_the_model_can_see(tmp_path: Path, tiny_any: Path) -
     config = tiny_config("mistral", 512)
     config.sliding_window = 40
     assert CausalModel.load(save_random(tmp_path, config)).max_context == 40
+
+
+@pytest.mark.parametrize(("said", "sampling"), [
+    ({}, (1.0, 1.0)), ({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}, (0.7, 0.8)), ({"top_p": 0.95}, (1.0, 0.95)),
+    ({"temperature": 0, "top_p": 0}, (1.0, 1.0)), ({"temperature": None, "top_p": "all"}, (1.0, 1.0)), ({"temperature": 1e9, "top_p": 1.5}, (1.0, 1.0)),
+])  # fmt: skip
+def test_how_a_model_asks_to_be_sampled(tiny_llama: Path, tmp_path: Path, said: dict, sampling: tuple[float, float]) -> None:
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1} | said))
+    assert CausalModel.load(tmp_path).sampling == sampling
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def test_the_record_has_the_contracts_shape_and_all_it_takes_to_replay(published
     assert on_disk == json.loads(json.dumps(record))
     assert {"round", "state", "started", "ended", "votes", "reward", "ppo", "gate", "version"} <= set(on_disk)
     assert on_disk["votes"] == len(on_disk["vote_ids"]) == 24 and on_disk["last_seq"] == 24
-    assert LearnerConfig.from_dict(on_disk["config"]) == QUICK.served(Sampling())
+    assert LearnerConfig.from_dict(on_disk["config"]) == QUICK.served(Sampling()) != QUICK  # sampling spelled out: a model's file may change
     reward = on_disk["reward"]
     assert reward["verdict"] in ("works", "only_length") and reward["accuracy"]["low"] > 0.5
     assert {"ece", "brier", "length_only", "agreement", "split", "interval", "words"} <= set(reward)

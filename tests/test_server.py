@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -77,6 +78,33 @@ def test_the_reply_and_its_logprobs_are_the_engines(client: httpx.Client, tiny_l
     assert [t["logprob"] for t in choice["logprobs"]["content"]] == pytest.approx(expected.logprobs, abs=1e-5)
     assert answer["usage"]["prompt_tokens"] == len(prompt)
     assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+def test_a_request_that_does_not_say_is_sampled_as_the_model_asks_or_the_operator(tiny_llama: Path, tmp_path: Path) -> None:
+    asking = tmp_path / "model"
+    shutil.copytree(tiny_llama, asking)
+    (asking / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "temperature": 0.8, "top_p": 0.5}))
+    model, tokenizer = CausalModel.load(tiny_llama), ChatTokenizer.load(tiny_llama)
+
+    def drawn(temperature: float, top_p: float) -> str:
+        [one] = Engine(model, tokenizer).generate([tokenizer.render(HELLO)], [SamplingParams(temperature=temperature, top_p=top_p, max_tokens=24, seed=5)])
+        return one.text
+
+    def said(c: httpx.Client, **fields: Any) -> tuple[str, dict[str, Any]]:
+        answer = ask(c, 1, seed=5, max_tokens=24, **fields)
+        with Store.open(c_dir, read_only=True) as store:
+            kept = store.comparison(answer["plaudit"]["comparison_id"])
+        assert kept is not None
+        return answer["choices"][0]["message"]["content"], {name: kept.settings[name] for name in ("temperature", "top_p")}
+
+    c_dir = tmp_path / "as-asked"
+    with served(settings_for(c_dir, asking)) as running, running.client() as c:
+        assert said(c) == (drawn(0.8, 0.5), {"temperature": 0.8, "top_p": 0.5})
+        assert said(c, temperature=1, top_p=1) == (drawn(1, 1), {"temperature": 1, "top_p": 1})
+    c_dir = tmp_path / "as-set"
+    with served(settings_for(c_dir, asking, top_p=0.9)) as running, running.client() as c:
+        assert said(c) == (drawn(0.8, 0.9), {"temperature": 0.8, "top_p": 0.9})
+    assert len({drawn(1, 1), drawn(0.8, 0.5), drawn(0.8, 0.9)}) == 3
 
 
 def test_the_same_seed_gives_the_same_replies_and_another_seed_others(client: httpx.Client) -> None:

@@ -94,3 +94,6 @@ def test_the_learner_is_told_what_the_server_serves(tiny_llama: Path, tmp_path: 
     told = dict(zip(command[3::2], command[4::2], strict=True))
     assert told["--data-dir"] == str(tmp_path) and told["--model"] == str(tiny_llama)
     assert told["--round-votes"] == "5" and told["--set"] == "ppo.updates=2"
+    command = learner_command(settings_for(tmp_path, tiny_llama, temperature=0.7, top_p=0.9, learner_args=("--set", "ppo.temperature=0.5")))
+    said = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
+    assert said == ["gate.temperature=0.7", "gate.top_p=0.9", "ppo.temperature=0.7", "ppo.temperature=0.5"]  # the last of two counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from learner.starter import corpus
 from learner.text_checks import (
     broken,
     broken_rate,
@@ -24,6 +25,9 @@ GOOD = [
     "Bees make honey; cats like to sleep. Dr. Smith said: \"They do, indeed.\"",
     "I can do that. What is it made of? Wait... I know what I am good at: \U0001F642",
     "In 1969, people (two of them) walked on the Moon for the first time.",
+    "They tell us where a sound comes from, since there are two. The text that I learned from was written for this.",
+    "Most throws that go in are worth two points. Come in, your coat is wet. Fold the sides in, please. He gave an in-depth talk.",
+    "The letters a, e, i, o and u are the main ones. It is spelled z-e-b-r-a. A box of nails and of screws.",
     "Use `pip`.\n```\nx = f(a, b) .. y\n```\nThat is all.",
 ]  # fmt: skip
 BROKEN = {
@@ -35,6 +39,13 @@ BROKEN = {
     "Bees make honey.They live in hives.": "no space after a full stop",
     "Bees live in the. They make honey.": "nothing after a determiner",
     "Bees live in, and make honey.": "nothing after a preposition",
+    "Bees live in, and that is that.": "nothing after a preposition",
+    "They make it from, since they like it.": "nothing after a preposition",
+    "Honey is kept by, so they like it.": "nothing after a preposition",
+    "It is made by can open.": "verb after a preposition",
+    "You like it. A hole on the wall of is round.": "verb after a preposition",
+    "They served a king on a. Then they left.": "nothing after a determiner",
+    "They sell a, and more.": "nothing after a determiner",
     "Bees live in the the hive.": "word twice",
     "Bees live in the of hives.": "words that cannot meet",
     "The Moon is has no air.": "words that cannot meet",
@@ -59,6 +70,11 @@ def names(text: str, finish_reason: str = "stop") -> list[str]:
 @pytest.mark.parametrize("text", GOOD)
 def test_sound_replies_have_no_fault(text: str) -> None:
     assert faults(text) == []
+
+
+def test_what_the_bundled_model_learned_from_is_hardly_ever_called_broken() -> None:
+    said = [m["content"] for chat in corpus.chats(6000, 3) for m in chat.messages if m["role"] == "assistant"]
+    assert broken_rate((text, "stop") for text in said) < 1e-3
 
 
 @pytest.mark.parametrize(("text", "fault"), BROKEN.items())

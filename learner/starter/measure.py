@@ -43,7 +43,7 @@ class Asked:
 
 
 class Sampler:
-    """Batched samples of one model at temperature 1, or its greedy replies. `seed` makes them repeatable."""
+    """Batched samples of one model, as its generation_config.json asks, or its greedy replies. `seed` makes them repeatable."""
 
     def __init__(self, source: Path, seed: int = 0) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -53,7 +53,7 @@ class Sampler:
     def replies(self, asked: Sequence[str], *, greedy: bool = False, chat: bool = True) -> list[tuple[str, str]]:
         """(text, finish reason "stop" or "length") for each prompt. chat=False has it go on with the bare text, as a base does."""
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
-            "do_sample": True, "temperature": 1.0, "top_k": 0}
+            "do_sample": True}
         rows = [self.tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
                 if chat else p for p in asked]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: little padding

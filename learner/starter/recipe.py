@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TOP_P = 0.97  # what a reply is sampled with unless asked otherwise: the least likely tokens are mostly slips
+TOP_P = 0.98  # what a reply is sampled with unless asked otherwise: the least likely tokens are mostly slips
 CONTEXT = 2048  # positions; training text is far shorter, rotary embeddings carry the rest
 # Words with their leading space, single digits, runs of punctuation, line ends: so that merges never cross words.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
