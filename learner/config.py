@@ -149,7 +149,7 @@ class GateConfig:
     min_win_rate: float = 0.5  # the lower bound of the win rate against live must be above it
     max_kl: float = 8.0  # nats a reply against the reference
     max_length_ratio: float = 6.0  # mean tokens, candidate over live, either way
-    max_broken_rise: float = 0.03  # share of broken replies above the reference's; in 192 replies, of which the reference breaks 1.5%, an even version is 3 points off about one time in a hundred
+    max_broken_rise: float = 0.02  # share of broken replies above the reference's; in 192 replies, of which the reference breaks 0.6%, an even version is 2 points off about one time in a hundred
     max_repetition_rise: float = 0.1  # share of 4-word runs that repeat within a reply, above the reference's
     min_distinct2_ratio: float = 0.5  # distinct bigrams, candidate over the reference
     max_refusal_rise: float = 0.1

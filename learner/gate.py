@@ -105,6 +105,9 @@ class Replies:
         return sum(self.lengths) / len(self.lengths)
 
 
+Answers = dict[tuple[str | None, int], Replies]  # of a version (None: the base) to one look's prompts
+
+
 @dataclass(frozen=True)
 class Probe:
     """How well known answers are held: loss in nats a token, and the share whose right answer beats three wrong ones."""
@@ -126,15 +129,19 @@ def run_gate(
     seed: int = 0,
     probes: Sequence[dict[str, str]] | None = None,
     facts: Probe | None = None,
+    answers: Answers | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure adapter `candidate` against `live` and `reference` (adapters; None for the base) and judge it.
 
     prompts: token ids that PPO did not practise on. judges: reward members that it did not optimise; None leaves out the
     win rate and nothing else (instruction finetuning was not made to win by them). probes: known answers
-    `{"prompt", "answer"}`; the bundled ones when None. facts: what the reference made of them before, if it was asked. Returns `Verdict.to_dict()`. Raises GateError.
+    `{"prompt", "answer"}`; the bundled ones when None. facts: what the reference made of them before, if it was asked. answers: what
+    `live` and `reference` said beside another candidate, asked the same prompts with this seed and config; what they say now is left
+    there. Returns `Verdict.to_dict()`. Raises GateError.
     """
     show, config = progress or (lambda fraction, words: None), served(config, model.sampling)
+    answers = {} if answers is None else answers
     weights = model.lora.parameters(candidate)
     if bad := [name for name, p in weights.items() if not bool(p.isfinite().all())]:
         return Verdict((finite_check(len(bad)),), {}).to_dict()  # nothing else can be asked of it
@@ -150,6 +157,9 @@ def run_gate(
     parts = [part for part in (fitting[i :: len(LOOKS)] for i in range(len(LOOKS))) if part] if judges else [fitting]
     for look, part in enumerate(parts):
         for version in dict.fromkeys((candidate, live, reference)):
+            if (version, look) in answers:
+                said[version] = said[version] + answers[version, look] if look else answers[version, look]
+                continue
             show(look / len(parts), f"answering held-out prompts, {len(part)} of {len(fitting)}")
             try:
                 batch = rollout.sample(
@@ -161,7 +171,9 @@ def run_gate(
             scores = judges.score(batch.prompts, batch.completions) if judges and version in (candidate, live) else None
             more = Replies.of(batch, scores)
             said[version] = said[version] + more if look else more
-            if version == candidate:
+            if version != candidate:
+                answers[version, look] = more
+            else:
                 distance = torch.cat([distance, reply_kl(model, batch, candidate, reference, config.temperature)])
         deviations = LOOKS[-1] if part is parts[-1] else LOOKS[look]
         won = win_rate(said[candidate], said[live], deviations)

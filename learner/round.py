@@ -35,7 +35,7 @@ from learner.data import (
     prompt_groups,
     split_folds,
 )
-from learner.gate import GateError, Probe, run_gate
+from learner.gate import Answers, GateError, Probe, run_gate
 from learner.heads import learning_curve
 from learner.kl_control import kl_warranted
 from learner.metrics import agreement, length_baseline, reward_report
@@ -203,7 +203,7 @@ class Learner:
         A version that is turned away for anything but losing is shrunk towards adapter `began` (None: the base), where it
         began, and asked again: less of what it learned, and less of what went wrong with it.
         """
-        name, tried = record["reference"], list[dict[str, Any]]()
+        name, tried, answers = record["reference"], list[dict[str, Any]](), Answers()
         trained = {key: p.detach().clone() for key, p in self.model.lora.parameters(POLICY).items()}
         for attempt in range(config.attempts):
             def shown(fraction: float, words: str, before: int = attempt) -> None:
@@ -213,7 +213,7 @@ class Learner:
             shrink(self.model.lora, POLICY, began, trained, share)
             record["gate"] = run_gate(
                 self.model, self.tokenizer, judges, prompts=prompts.held_out, candidate=POLICY, live=start, reference=reference, config=config,
-                seed=seed, facts=self.facts.get(name), progress=shown,
+                seed=seed, facts=self.facts.get(name), answers=answers, progress=shown,
             )  # fmt: skip
             if held := record["gate"].get("reference_probe"):
                 self.facts[name] = Probe(**held)

@@ -20,7 +20,21 @@ WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 SHORTENED = r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bapprox)(?<!\bno)(?<!\ba\.m)(?<!\bp\.m)(?<!\bSt)(?<!\bDr)(?<!\bMr)"
 OPENERS = "They|It|The|This|These|Those|There|He|She|We|You|Its|Their|A|An|And|But|So|If|When|What|How|Here|Some|Many|Most"
 ASKS = re.compile(r"\b(?:that|which|who|whom|whose|what|where|how|whatever|whoever)\b|\w (?:I|you|we|they)\b", re.I)  # then a preposition may come last: "what it is made of"
-FAULTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+
+
+class Rule(NamedTuple):
+    """What no writer writes, and the words before it in the sentence with which it is English after all."""
+
+    name: str
+    wrong: re.Pattern[str]
+    unless: re.Pattern[str] | None = None
+
+    def first(self, text: str) -> re.Match[str] | None:
+        """Where the text is first wrong by this rule."""
+        return next((m for m in self.wrong.finditer(text) if not (self.unless and self.unless.search(before(text, m.start())))), None)
+
+
+RULES = tuple(Rule(*row) for row in (
     ("sentence after a comma", re.compile(rf"\w[,;] (?:{OPENERS}) [a-z]")),  # "They live in, They help"
     ("small letter after a full stop", re.compile(rf"[a-z]{{2,}}{SHORTENED}[.!?] [a-z]+")),
     ("doubled punctuation", re.compile(r"[,;:][,;:.!?]|(?<!\.)\.[,;](?! )|(?<!\.)\.\.(?!\.)|[!?][.,;]|\.[!?]")),
@@ -28,16 +42,16 @@ FAULTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("no space after a full stop", re.compile(r"[a-z]{2,}[.!?,;](?:They|It|The|This|These|You|We|I|A|In|He|She)\b")),
     ("nothing after a determiner", re.compile(r"(?<![\w'’-])(?:(?:the|an|their|its|your|my|our)[.,;!?:]|a(?:[.;!?:]|,(?! [a-z],)))(?:\s|$)")),
     ("nothing after a preposition", re.compile(  # "in" and "by" also go with verbs, "Come in, please", but hardly with these
-        r"\b(?:at|into|from|with|than|as|and|or),(?:\s|$)|\b(?:is|are|was|were|be|been|live[sd]?|gr[eo]ws?|stay(?:s|ed)?|found|seen|born|made|kept|used|built) (?:in|by),(?:\s|$)")),
+        r"\b(?:at|into|from|with|than|as|and|or),(?:\s|$)|\b(?:is|are|was|were|be|been|live[sd]?|gr[eo]ws?|stay(?:s|ed)?|found|seen|born|made|kept|used|built) (?:in|by),(?:\s|$)"), ASKS),
     ("word twice", re.compile(r"\b(the|a|an|of|in|to|and|is|are|was|were|it|they|on|at|for|with|by|can|have|has) \1\b", re.I)),
     ("words that cannot meet", re.compile(
         r"\b(?:the|an|their|your|my|our) (?:the|an|is|are|was|were|of|in|on|to|and|or|it|they|has|have)\b(?!-)"
         r"|\b(?:is|are|was|were) (?:has|have|can|are|was|were)\b|\b(?:of|in|at|into|from|with|by) of\b"
         r"|\b(?:and|or) (?:and|or)\b|\b(?:They|We|You) (?:is|was|has|of|the|a)\b|\b(?:It|He|She) (?:are|were|have|of|the|a)\b")),
-    ("verb after a preposition", re.compile(r"\b(?:of|in|at|into|from|with|by) (?:is|are|was|were|can|has|have)\b")),
+    ("verb after a preposition", re.compile(r"\b(?:of|in|at|into|from|with|by) (?:is|are|was|were|can|has|have)\b"), ASKS),  # "throws that go in are worth two points"
     ("empty bullet", re.compile(r"^\s*[-*•][ \t]*$", re.M)),
     ("damaged character", re.compile("\ufffd")),
-)  # fmt: skip
+))  # fmt: skip
 REFUSAL = re.compile(
     r"\b(?:i (?:can ?not|can['’]t|won['’]t|will not|could not|am unable to|am not able to|must decline)"
     r"(?: \w+)? (?:help|answer|do|assist|discuss|provide|tell|say|talk|give|to)"
@@ -60,7 +74,7 @@ def faults(text: str, finish_reason: str | None = "stop") -> list[Fault]:
     """What is broken in a reply, each kind where it first shows; [] for nothing. finish_reason: as the engine says;
     "length" means that the reply was cut."""
     prose = CODE.sub(lambda code: " " * len(code.group()), text)
-    found = [Fault(name, *at.span()) for name, pattern in FAULTS if (at := next((m for m in pattern.finditer(prose) if not excused(name, prose, m)), None))]
+    found = [Fault(rule.name, *at.span()) for rule in RULES if (at := rule.first(prose))]
     last = len(text)
     if not WORD.search(text):
         found.append(Fault("no words", 0, last + 1))
@@ -75,13 +89,6 @@ def faults(text: str, finish_reason: str | None = "stop") -> list[Fault]:
     return found
 
 
-def excused(name: str, text: str, found: re.Match[str]) -> bool:
-    """Whether what looks like a fault is English after all: a preposition comes last where a word before it in the sentence is what it belongs to
-    ("throws that go in are worth two points")."""
-    begins = max((end.end() for end in SENTENCE.finditer(text, 0, found.start())), default=0)
-    return "preposition" in name and bool(ASKS.search(text[begins : found.start()]))
-
-
 def broken(text: str, finish_reason: str | None = "stop") -> bool:
     """Whether the reply has any fault."""
     return bool(faults(text, finish_reason))
@@ -91,6 +98,11 @@ def broken_rate(replies: Iterable[tuple[str, str | None]]) -> float:
     """Share of (text, finish_reason) with a fault; 0 for none at all."""
     flags = [broken(text, reason) for text, reason in replies]
     return sum(flags) / len(flags) if flags else 0.0
+
+
+def before(text: str, at: int) -> str:
+    """What the sentence at character `at` says up to there."""
+    return text[max((end.end() for end in SENTENCE.finditer(text, 0, at)), default=0) : at]
 
 
 def ends_well(text: str) -> bool:

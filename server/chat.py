@@ -71,7 +71,11 @@ class Chat:
         self.conversation_id = (body.metadata or {}).get("conversation_id") or "conv_" + secrets.token_hex(12)
         # Blind until the vote: a name would say which reply is whose.
         self.model = f"plaudit@{slots.versions[0]}" if self.n == 1 else "plaudit"
-        self.sampling = Sampling(*(own if asked is None else asked for own, asked in zip(runtime.sampling, (body.temperature, body.top_p), strict=True)))
+        own = runtime.sampling
+        self.sampling = Sampling(
+            own.temperature if body.temperature is None else body.temperature,
+            own.top_p if body.top_p is None else body.top_p,
+        )
         self.seeds = [(slots.seed + i * GOLDEN) % 2**63 for i in range(plan.sampled)]
         self.stream: Stream
         self._closed = False

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.engine import Engine
+from engine.engine import BASE, Engine
 from engine.model import CausalModel
 from engine.source import Sampling
 from engine.tokenizer import ChatTokenizer
@@ -238,6 +238,31 @@ def test_replies_are_those_that_people_get(
     for config in (GateConfig(max_new_tokens=4), GateConfig(max_new_tokens=4, top_p=1.0)):
         run_gate(model, tokenizer, None, prompts=prompts, candidate="same", live=None, reference=None, config=config, probes=[])
     assert asked == [(0.8, 0.5)] * 2 + [(0.8, 1.0)] * 2
+
+
+def test_what_live_and_reference_said_is_asked_once_for_several_candidates(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges, config = Liking.create(model, RewardConfig(lora_r=4), 2, "judge"), GateConfig(max_new_tokens=10)
+    other, near, far = shaken(model, "other", 0.02), shaken(model, "near", 0.05), shaken(model, "far", 0.2)
+    versions: list[str] = []
+    sample = rollout.sample
+
+    def listened(*args, **how):
+        versions.append(how["version"])
+        return sample(*args, **how)
+
+    def asked(candidate: str, answers: dict | None) -> dict:
+        return run_gate(
+            model, tokenizer, judges, prompts=prompts, candidate=candidate, live=other, reference=None, config=config, probes=[], answers=answers
+        )
+
+    alone = [asked(candidate, None) for candidate in (near, far)]
+    monkeypatch.setattr(rollout, "sample", listened)
+    answers: dict = {}
+    assert [asked(candidate, answers) for candidate in (near, far)] == alone and alone[0] != alone[1]
+    looks = max(look for _, look in answers) + 1
+    assert versions.count(other) == versions.count(BASE) == looks and versions.count(near) + versions.count(far) > looks
 
 
 class Partial(RewardModel):

@@ -168,7 +168,7 @@ class _Page:
             return (*(gr.skip(),) * 5, chat)
         if act == "edit":
             return _open_editor(chat, index, draft)
-        at = float(data.get("at") or math.inf)
+        at = clicked if isinstance(clicked := data.get("at"), int | float) else math.inf
         if at < chat.cast_at:  # Gradio hands over quick clicks in any order; the last one counts
             return (*(gr.skip(),) * 5, chat)
         chat.cast_at = at if at < math.inf else chat.cast_at
