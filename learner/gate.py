@@ -157,24 +157,23 @@ def run_gate(
     parts = [part for part in (fitting[i :: len(LOOKS)] for i in range(len(LOOKS))) if part] if judges else [fitting]
     for look, part in enumerate(parts):
         for version in dict.fromkeys((candidate, live, reference)):
-            if (version, look) in answers:
-                said[version] = said[version] + answers[version, look] if look else answers[version, look]
-                continue
-            show(look / len(parts), f"answering held-out prompts, {len(part)} of {len(fitting)}")
-            try:
-                batch = rollout.sample(
-                    engine, part, version=version or BASE, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
-                    temperature=config.temperature, top_p=config.top_p, seed=seed * 1_000_003 + 7 + look * len(fitting) * config.replies_per_prompt,
-                )  # fmt: skip
-            except FloatingPointError:
-                return Verdict((finite_check(1),), {}).to_dict()
-            scores = judges.score(batch.prompts, batch.completions) if judges and version in (candidate, live) else None
-            more = Replies.of(batch, scores)
+            more = None if version == candidate else answers.get((version, look))
+            if more is None:
+                show(look / len(parts), f"answering held-out prompts, {len(part)} of {len(fitting)}")
+                try:
+                    batch = rollout.sample(
+                        engine, part, version=version or BASE, group=config.replies_per_prompt, max_tokens=config.max_new_tokens,
+                        temperature=config.temperature, top_p=config.top_p, seed=seed * 1_000_003 + 7 + look * len(fitting) * config.replies_per_prompt,
+                    )  # fmt: skip
+                except FloatingPointError:
+                    return Verdict((finite_check(1),), {}).to_dict()
+                scores = judges.score(batch.prompts, batch.completions) if judges and version in (candidate, live) else None
+                more = Replies.of(batch, scores)
+                if version == candidate:
+                    distance = torch.cat([distance, reply_kl(model, batch, candidate, reference, config.temperature)])
+                else:
+                    answers[version, look] = more
             said[version] = said[version] + more if look else more
-            if version != candidate:
-                answers[version, look] = more
-            else:
-                distance = torch.cat([distance, reply_kl(model, batch, candidate, reference, config.temperature)])
         deviations = LOOKS[-1] if part is parts[-1] else LOOKS[look]
         won = win_rate(said[candidate], said[live], deviations)
         if won and (won[1] > config.min_win_rate or won[2] <= config.min_win_rate):
