@@ -420,6 +420,8 @@ def test_of_quick_clicks_the_last_counts_in_whatever_order_they_arrive() -> None
         assert chat.editing == 1  # an edit takes no vote's place
         await page.act("", chat, {}, at(), event(act="pick", index="0", comparison="cmp-1", at=2001.0))
         assert chat.choice == 0
+        await page.act("", chat, {}, at(), event(act="pick", index="1", comparison="cmp-1", at="noon"))
+        assert chat.choice == 1 and chat.cast_at == 2001.0  # what is no time is taken as it comes
 
     asyncio.run(run())
 
