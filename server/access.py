@@ -46,11 +46,16 @@ async def operator(who: Annotated[Identity, Depends(user)]) -> Identity:
     return who
 
 
+async def may_operate(request: Request) -> None:
+    """Let operators in, also where there is no route yet. Raises what `user` and `operator` do."""
+    await operator(await user(request))
+
+
 async def scraper(request: Request) -> None:
     """Let anyone in on a loopback bind, operators elsewhere."""
     runtime: Runtime = request.app.state.runtime
     if not runtime.settings.loopback:
-        await operator(await user(request))
+        await may_operate(request)
 
 
 async def _by_key(request: Request, runtime: Runtime) -> Identity:

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.routing import Match
 
 from server import (
+    access,
     adapters,
     chat,
     conversations,
@@ -63,7 +64,7 @@ def create_app(settings: Settings, *, learner_command: list[str] | None = None, 
         app.add_api_route(path, _nothing_here, methods=METHODS, include_in_schema=False)
     app.add_middleware(
         BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes,
-        upload_path="/v1/adapters",
+        upload_path="/v1/adapters", admit=access.may_operate,
     )
     app.add_middleware(Observe, metrics=runtime.metrics)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]

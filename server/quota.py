@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Awaitable, Callable
 
 from limits import parse
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, error_response
+from server.errors import ApiError, StartupError, as_api_error, error_response
 
 SWEEP = 10_000  # voters counted before the first look for those who left
 FAILED_KEYS = "30/minute"  # wrong secrets per address and key: each costs an argon2 verification
@@ -66,10 +68,15 @@ def wait(before: int, count: int, amount: int, into: float) -> float:
 
 
 class BodyLimit:
-    """ASGI layer: reads the body, stops reading at the limit (413), and under `/v1/` refuses other types than JSON (415)."""
+    """ASGI layer: reads the body, stops reading at the limit (413), and under `/v1/` refuses other types than JSON (415).
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, upload_path: str) -> None:
-        self.app = app
+    Of who may not upload, which `admit` raises for, it reads no upload.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, upload_path: str, admit: Callable[[Request], Awaitable[object]],
+    ) -> None:  # fmt: skip
+        self.app, self.admit = app, admit
         self.max_body_bytes, self.max_upload_bytes, self.upload_path = max_body_bytes, max_upload_bytes, upload_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,11 +87,13 @@ class BodyLimit:
         limit = self.max_upload_bytes if upload else self.max_body_bytes
         headers = dict(scope["headers"])
         try:
+            if upload:
+                await self.admit(Request(scope))
             body = await self._read(headers, receive, limit)
             if body and scope["path"].startswith("/v1/") and not _is_json(headers.get(b"content-type", b"")):
                 raise ApiError(415, "send JSON with Content-Type: application/json")
-        except ApiError as error:
-            await error_response(error)(scope, receive, send)
+        except (ApiError, StartupError) as error:
+            await error_response(as_api_error(error))(scope, receive, send)
             return
         if body is None:  # the client left
             return

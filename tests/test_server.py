@@ -519,6 +519,7 @@ def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
             assert c.get("/healthz").status_code == 200 and c.get("/metrics").status_code == 200
             error_of(c.get("/v1/status", headers={"Authorization": "Bearer plaudit-abc-def"}), 401)
             error_of(c.get("/v1/status", headers={"Authorization": "Basic abc"}), 401)
+            error_of(c.post("/v1/adapters", content=b"anything"), 401)
         ana, ben, op = (running.client("same", Authorization=f"Bearer {keys[k]}") for k in ("ana", "ben", "op"))
         with ana, ben, op:
             made = ask(ana, 2)["plaudit"]
@@ -527,6 +528,8 @@ def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
                 assert op.get(path).status_code == 200
             for path in ("/v1/adapters/rollback", "/v1/adapters/base/promote", "/v1/learner/run"):
                 error_of(ana.post(path), 403)
+            error_of(ana.post("/v1/adapters", content=b"anything"), 403)  # told before the body is looked at
+            error_of(op.post("/v1/adapters", content=b"anything"), 415)
             url = f"/v1/comparisons/{made['comparison_id']}"
             error_of(ben.get(url), 404)  # the Plaudit-Voter header counts for nothing here
             assert op.get(url).status_code == 200
@@ -566,6 +569,7 @@ def test_keys_damaged_while_the_server_runs_let_nobody_in_and_are_told_in_the_lo
         key = Keyring(tmp_path).create("operator", "ann")
         (tmp_path / "keys.json").write_text("{")
         assert "log" in error_of(c.get("/v1/models", headers={"Authorization": f"Bearer {key}"}), 503)["message"]
+        error_of(c.post("/v1/adapters", content=b"anything", headers={"Authorization": f"Bearer {key}"}), 503)
         assert c.get("/healthz").status_code == 200
     assert "keys.json is damaged" in capfd.readouterr().err
 
