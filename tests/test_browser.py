@@ -379,8 +379,13 @@ def test_the_page_fits_a_phone(chromium: Any, site: tuple[Fake, str], fake: Fake
     background = page.evaluate("() => getComputedStyle(document.querySelector('.card')).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
     assert page.evaluate("() => document.querySelector('#send').getBoundingClientRect().bottom <= innerHeight")
+    fake.adapters = {"live": "v000001", "previous": "base", "data": [{"version": "v000001", "status": "live"}, {"version": "v000002", "status": "candidate", "parent": "v000001"}]}
     visit.open("/operator/")
+    promote = page.get_by_role("button", name="Promote v000002")
+    promote.wait_for()
     assert page.evaluate(wide) <= 390
+    assert page.evaluate("() => [...document.querySelectorAll('.table')].every(t => t.scrollWidth <= t.clientWidth)"), "a row is a card, nothing scrolls sideways"
+    assert promote.bounding_box()["x"] + promote.bounding_box()["width"] <= 390
     visit.context.close()
     assert visit.errors == [] and visit.foreign == []
 

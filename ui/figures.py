@@ -180,11 +180,11 @@ def versions(adapters: JSON) -> str:
         judged, against = number(row.get("win_votes")), row.get("against")
         over = f'<small>{count(int(judged), "vote")}{" against " + plain(against) if against else ""}</small>' if judged else ""
         why = f'<small class="problem">{plain(row["reason"])}</small>' if row.get("reason") else ""
-        body.append(
-            f'<tr><th scope="row"><code>{name or DASH}</code></th><td><span class="badge {STATUSES.get(status, "")}">{plain(status) or DASH}</span></td>'
-            f'<td>{plain(row.get("parent") or "") or DASH}</td><td class="n">{plain(row.get("round") if row.get("round") is not None else "") or DASH}</td>'
-            f'<td class="n">{percent(people)}{over}</td><td>{verdict(row.get("gate"))}{why}</td><td>{clock(row.get("created")) or DASH}</td><td>{button}</td></tr>'
-        )
+        body.append([
+            f"<code>{name or DASH}</code>", f'<span class="badge {STATUSES.get(status, "")}">{plain(status) or DASH}</span>',
+            plain(row.get("parent") or "") or DASH, plain(row.get("round") if row.get("round") is not None else "") or DASH,
+            f"{percent(people)}{over}", f"{verdict(row.get('gate'))}{why}", clock(row.get("created")) or DASH, button,
+        ])  # fmt: skip
     return _table(
         "Versions", ("Version", "Status", "Made from", ">Round", ">People's win rate", "Gate", "Made", ""), body
     )
@@ -203,12 +203,11 @@ def rounds(rows: list[JSON]) -> str:
         state = plain(ROUND_STATES.get(str(row.get("state")), row.get("state") or ""))
         why = f"<small>{plain(words)}</small>" if isinstance(words, str) else ""
         votes = number(row.get("votes"))
-        body.append(
-            f'<tr><th scope="row">{plain(row.get("round", ""))}</th><td>{state or DASH}{why}</td>'
-            f'<td class="n">{int(votes) if votes is not None else DASH}</td><td class="n">{percent(value)}{spread}</td>'
-            f'<td class="n">{decimal(kl_of(row))}</td><td class="n">{percent(win_rate_of(row))}</td><td>{verdict(row.get("gate"))}</td>'
-            f'<td>{plain(row.get("version") or "") or DASH}</td><td>{clock(row.get("ended") or row.get("started")) or DASH}</td></tr>'
-        )
+        body.append([
+            plain(row.get("round", "")), f"{state or DASH}{why}", str(int(votes)) if votes is not None else DASH, f"{percent(value)}{spread}",
+            decimal(kl_of(row)), percent(win_rate_of(row)), verdict(row.get("gate")),
+            plain(row.get("version") or "") or DASH, clock(row.get("ended") or row.get("started")) or DASH,
+        ])  # fmt: skip
     return _table(
         "Rounds",
         ("Round", "State", ">Votes", ">Held-out accuracy", ">KL (nats)", ">Win rate", "Gate", "Version", "Ended"),
@@ -216,11 +215,19 @@ def rounds(rows: list[JSON]) -> str:
     )
 
 
-def _table(caption: str, columns: tuple[str, ...], rows: list[str]) -> str:
-    heads = "".join(f'<th scope="col"{" class=n" if c[:1] == ">" else ""}>{c.lstrip(">")}</th>' for c in columns)
+def _table(caption: str, columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """rows: the cells' HTML, the first names its row. A column's ">" means numbers. Where a phone shows a row as a card, each cell carries its heading."""
+    names, kinds = [c.lstrip(">") for c in columns], [" class=n" if c[:1] == ">" else "" for c in columns]
+    heads = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in zip(names, kinds, strict=True))
+    body = []
+    for first, *cells in rows:
+        rest = "".join(
+            f'<td{kind} data-name="{name}">{cell}</td>' for name, kind, cell in zip(names[1:], kinds[1:], cells, strict=True)
+        )
+        body.append(f'<tr><th scope="row" data-name="{names[0]}">{first}</th>{rest}</tr>')
     return (
         f'<div class="table" role="region" tabindex="0" aria-label="{caption}"><table><thead><tr>{heads}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div>'
+        f'<tbody>{"".join(body)}</tbody></table></div>'
     )
 
 
