@@ -43,7 +43,7 @@ USER plaudit
 VOLUME /data
 EXPOSE 7860
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
-  CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/readyz' % os.environ['PLAUDIT_PORT'], timeout=2)"]
+  CMD ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:%s/readyz' % os.environ['PLAUDIT_PORT'], timeout=2)"]
 ENTRYPOINT ["plaudit"]
 CMD ["serve"]
 

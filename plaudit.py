@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_origin
+from urllib.parse import urlsplit
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve the learner and the server
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -29,7 +30,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from learner.tastes import NAMES
-from server.settings import Settings, SettingsError, explain, load_settings
+from server.settings import Settings, SettingsError, explain, is_loopback, load_settings
 
 app = typer.Typer(
     name="plaudit",
@@ -47,7 +48,7 @@ app.add_typer(reward, name="reward")
 out = Console()
 
 Url = Annotated[str, typer.Option(envvar="PLAUDIT_URL", help="address of the running server")]
-ApiKey = Annotated[str | None, typer.Option("--key", envvar="PLAUDIT_KEY", help="API key; none needed on loopback")]
+ApiKey = Annotated[str | None, typer.Option("--key", envvar="PLAUDIT_KEY", help="API key; none needed on loopback while nobody has one")]
 DataDir = Annotated[Path | None, typer.Option(help="directory that holds all state  \\[default: plaudit-data]")]
 ModelName = Annotated[str | None, typer.Option(help="base model: a directory or a hub id  \\[default: the bundled starter model]")]
 DEFAULT_URL = "http://127.0.0.1:7860"
@@ -181,7 +182,8 @@ def serve(**flags: Any) -> None:
 
             server = make_server(ui.mount(create_app(settings), local, building=kept_for_good), settings)
         out.print(f"Plaudit: {local}   operator page: {local}/operator   Ctrl-C stops.", highlight=False)
-        server.run(sockets=[sock])
+        with contextlib.suppress(SystemExit):  # uvicorn's, of a start that failed
+            server.run(sockets=[sock])
         if not server.started:
             raise SystemExit(2)  # the reason has been told by the application
 
@@ -472,7 +474,8 @@ def ask(method: str, url: str, key: str | None, path: str, **kwargs: Any) -> Any
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with plain_errors():
-        answer = httpx.request(method, url.rstrip("/") + path, headers=headers, timeout=120, **kwargs)
+        near = is_loopback(urlsplit(url).hostname or "")  # then no proxy of the environment's should see the words
+        answer = httpx.request(method, url.rstrip("/") + path, headers=headers, timeout=120, trust_env=not near, **kwargs)
     try:
         found = answer.json()
         if answer.is_success:
@@ -621,9 +624,13 @@ def add_key(
 
     with plain_errors():
         try:
-            print(Keyring(load_settings(data_dir=data_dir).data_dir).create(role, voter))  # type: ignore[arg-type]
+            ring = Keyring(load_settings(data_dir=data_dir).data_dir)
+            first = not len(ring)
+            print(ring.create(role, voter))  # type: ignore[arg-type]
         except ValueError as error:
             fail(error)
+    if first:
+        Console(stderr=True).print("From now on everyone needs a key, on loopback as well.")
 
 
 @keys.command("list")
@@ -736,7 +743,8 @@ def doctor(data_dir: DataDir = None) -> None:
                 row(True, name, f"digest {registry.verify(name).sha256[:12]} holds")
             except CorruptAdapter as error:
                 row(False, name, error)
-        row(True, "keys", f"{len(Keyring(directory))} (none are needed on loopback)")
+        count = len(Keyring(directory))
+        row(True, "keys", f"{count}, and everyone needs one" if count else "0: nobody needs one on loopback, and everyone there is an operator")
     except StartupError as error:
         row(False, "keys", error)
     except OSError as error:

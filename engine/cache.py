@@ -27,7 +27,7 @@ class KVCache:
         dtype: torch.dtype, device: torch.device | str,
     ) -> None:  # fmt: skip
         self.max_rows, self.max_length = max_rows, max_length
-        shape = (layers, min(max_rows, 4), kv_heads, min(max_length, FIRST_LENGTH), head_dim)
+        self._first = shape = (layers, min(max_rows, 4), kv_heads, min(max_length, FIRST_LENGTH), head_dim)
         # Zeros, not empty: a masked NaN from uninitialised memory would still be a NaN (0 * NaN).
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
@@ -52,11 +52,15 @@ class KVCache:
             return
         rows = had_rows if rows <= had_rows else min(max(rows, 2 * had_rows), self.max_rows)
         length = had_length if length <= had_length else min(max(length, 2 * had_length), self.max_length)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(layers, rows, heads, length, dim)
+        grown = [old.new_zeros(layers, rows, heads, length, dim) for old in (self.keys, self.values)]  # both, or neither where memory is out
+        for old, new in zip((self.keys, self.values), grown, strict=True):
             new[:, :had_rows, :, :had_length] = old
-            setattr(self, name, new)
+        self.keys, self.values = grown
+
+    def shrink(self, most_bytes: int) -> None:
+        """While no row is in use: be small again where more than `most_bytes` are held, which many replies beside one long prompt once took."""
+        if self.bytes > most_bytes:
+            self.keys, self.values = (old.new_zeros(self._first) for old in (self.keys, self.values))
 
     def copy(self, src: int, dst: int, length: int) -> None:
         """The first `length` tokens of row `src`, into row `dst`: a fork, or a move into a hole."""

@@ -54,6 +54,7 @@ class Decoder(nn.Module):
             )
         self.head = self.embed if head is None or config.tie_word_embeddings else head  # (V, D)
         self.packed_head: Tensor | None = None
+        self.width: int = config.hidden_size
         take.finish()
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", rope_frequencies(config).to(self.embed.device), persistent=False)

@@ -34,6 +34,7 @@ __all__ = [
     "UnknownVersion", "VersionInUse", "probe",
 ]  # fmt: skip
 MIXTURES = 4  # kept for when the same versions run together again
+IDLE_BYTES = 256 << 20  # of keys and values that are kept while nobody is answered
 PREFILL_TOKENS = 512  # prompt tokens read per step at most, so that a long prompt does not hold up the others
 GPU_PREFILL_TOKENS = 2048  # the same on a GPU
 
@@ -396,6 +397,8 @@ class Engine:
 
     def _count(self) -> None:
         self.stats.running, self.stats.queued = len(self.scheduler.running), self.scheduler.queued
+        if not self.has_work() and self._replay is None:  # what is recorded would have to be recorded anew
+            self._cache.shrink(IDLE_BYTES)
         self.stats.kv_bytes = self._cache.bytes
         self.stats.kept_bytes = self._prefixes.bytes if self._prefixes is not None else 0
         if not self.has_work():

@@ -62,7 +62,7 @@ class General(nn.Module):
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or model.base_model is model:
             raise ModelError(f"{name} has no language-model head: choose a causal language model")
-        self.core, self.head = model.base_model, head
+        self.core, self.head, self.width = model.base_model, head, head.in_features  # OPT may embed in fewer numbers than its config's hidden_size
         self.packed_head: Tensor | None = None
         text = config.get_text_config()
         self.softcap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma 2

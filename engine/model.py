@@ -46,7 +46,7 @@ class CausalModel(nn.Module):
 
             self.net = General(config, directory, dtype, device, self.lora)
         self.packs: bool = getattr(self.net, "takes_positions", True)  # whether it goes by the positions it is given: so replies can share a prompt's row
-        self.hidden_size: int = text.hidden_size
+        self.hidden_size: int = self.net.width  # of a hidden state
         self.vocab_size: int = text.vocab_size
         self.max_context = context_limit(text)
         self.eos_ids = source.eos_ids(directory)
@@ -205,6 +205,12 @@ def context_limit(config: Any) -> int:
         ),
         DEFAULT_CONTEXT,
     )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for scaled in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if scaled.get("rope_type") == "longrope":  # its factors go by the longest row of a pass: past here a row would not be alone with its own
+            limit = min(limit, scaled.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or limit)
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo, whose window is counted in columns, not in positions
+        limit = min(limit, config.window_size)
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return min(limit, window) if window and slides and getattr(config, "use_sliding_window", True) else limit

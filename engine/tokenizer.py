@@ -6,6 +6,7 @@ Owns the tokenizer. Does not know the model, stop strings (`engine/stopping.py`)
 from __future__ import annotations
 
 import re
+import secrets
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,32 @@ class ChatTokenizer:
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation `[{"role", "content"}, ...]` under the chat template.
 
-        Raises ValueError, with the template's own words, when the template refuses the conversation.
+        What somebody writes is text, also where it spells a special token: only the template ends turns and begins them. Raises ValueError, with the template's own words, when the template refuses the conversation.
         """
         from jinja2.exceptions import TemplateError
 
+        apart = f"\ue000{secrets.token_hex(8)}\ue000" if any(self.spelled.search(m["content"]) for m in messages) else None
+        if apart:
+            messages = [{**m, "content": self.spelled.sub(lambda found: apart + found.group() + apart, m["content"])} for m in messages]
         try:
-            return self.hf.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=generation_prompt, return_dict=False,
+            made = self.hf.apply_chat_template(
+                messages, tokenize=apart is None, add_generation_prompt=generation_prompt, return_dict=False,
                 tokenizer_kwargs={"verbose": False},  # what is too long is refused by who knows the model
             )  # fmt: skip
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+        if apart is None:
+            return made
+        ids: list[int] = []
+        for i, part in enumerate(made.split(apart)):  # every second one is somebody's
+            ids += self.encode(part) if i % 2 else self.hf.encode(part, add_special_tokens=False, verbose=False)
+        return ids
+
+    @cached_property
+    def spelled(self) -> re.Pattern[str]:
+        """Matches what a special token is spelled like."""
+        special = {str(t) for t in self.hf.added_tokens_decoder.values() if t.special} | set(self.hf.all_special_tokens)
+        return re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) or "(?!)")
 
     def tokens_with(self, pattern: str, vocab_size: int) -> list[bool]:
         """For every token id below `vocab_size`, whether its text holds a match of the regular expression; ids without a token do not."""
@@ -92,8 +108,8 @@ class ChatTokenizer:
         return next((i for i in reversed(chat) if i in self.eos_ids), self.eos_ids[0])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, no special tokens added."""
-        return self.hf.encode(text, add_special_tokens=False)
+        """Token ids of plain text, no special tokens added; one that is spelled out in it is text too."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out, spaces exactly as the tokens have them."""

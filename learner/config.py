@@ -174,6 +174,7 @@ class LearnerConfig:
     reference: str = "auto"  # frozen policy of the KL: "auto" (the finetuned version that the live one comes from, else base), "base" or a version
     held_out_prompts: float = 0.2  # share of people's prompts (by conversation) kept from PPO for the gate, in every round the same ones
     practice_prompts: int = 144  # prompts of the pool make up this many to practise on where people's own are fewer; of a pool that an operator gave, as many as people's own at least
+    prompt_tokens: int = 1024  # a longer prompt is neither practised on nor asked at the gate: one such takes the time and memory of a whole round
     pool: str = ""  # a file of prompts (a line each, or JSONL) to practise on and be judged on; "" = the bundled ones
     threads: int = 1  # torch threads: the other core keeps serving
     poll_s: float = 1.0  # between looks at the database
@@ -189,6 +190,7 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         _need(self.round_votes >= 1, "round_votes must be at least 1")
         _need(0 < self.held_out_prompts < 1, "held_out_prompts must be between 0 and 1")
+        _need(self.prompt_tokens >= 1, "prompt_tokens must be at least 1")
         _need(self.threads >= 1, "threads must be at least 1")
         _need(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype must be auto, float32, bfloat16 or float16")
 

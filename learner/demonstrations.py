@@ -81,7 +81,7 @@ def learn(learner: Learner, record: dict[str, Any], voted: Sequence[Any], direct
     # 2. Where it starts, and the reference it replaces.
     start = learner.load_version(record["parent"], START)
     record["reference"] = learner.reference_of(record["parent"], config.reference)
-    reference = learner.load_version(record["reference"], REFERENCE)
+    reference = start if record["reference"] == record["parent"] else learner.load_version(record["reference"], REFERENCE)
 
     # 3. Finetuning.
     result = finetune(

@@ -92,11 +92,6 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
-def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log p - log q)^2 / 2: biased, low variance, never negative (Schulman 2020, k2)."""
-    return (logprobs - ref_logprobs) ** 2 / 2
-
-
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """q/p - 1 - log(q/p): unbiased and never negative (Schulman 2020, k3)."""
     log_ratio = ref_logprobs - logprobs
@@ -125,7 +120,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     ratio = log_ratio.exp()
     plain, cut = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     with torch.no_grad():
-        kl = masked_mean(ratio - 1 - log_ratio, mask)  # tokens came from the old policy, so new / old is q / p
+        kl = masked_mean(kl_k3(torch.zeros_like(log_ratio), log_ratio), mask)  # tokens came from the old policy
         clipfrac = masked_mean((cut > plain).float(), mask)
         mean = masked_mean(ratio, mask)
     return Clipped(masked_mean(torch.max(plain, cut), mask), clipfrac, mean, kl)

@@ -37,9 +37,9 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     """
     rng = random.Random(f"prompts/{seed}")
     half = config.gate.prompts / (config.gate.prompts + config.practice_prompts)
-    pool = rendered(((said, first_turn(said)) for said in conversations_from(Path(config.pool) if config.pool else POOL)), tokenizer)
+    pool = rendered(((said, first_turn(said)) for said in conversations_from(Path(config.pool) if config.pool else POOL)), tokenizer, config.prompt_tokens)
     oldest = [item.comparison for item in sorted(voted, key=lambda item: item.comparison.created)]
-    own = rendered((([{"role": m["role"], "content": m["content"]} for m in c.messages], str(c.conversation_id)) for c in oldest), tokenizer)
+    own = rendered((([{"role": m["role"], "content": m["content"]} for m in c.messages], str(c.conversation_id)) for c in oldest), tokenizer, config.prompt_tokens)
     practice, held_out = list[tuple[int, ...]](), list[tuple[int, ...]]()
     for key in shuffled(own, rng):
         belongs, share = (pool[key][0], half) if key in pool else (own[key][0], config.held_out_prompts)
@@ -53,7 +53,8 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
         elif len(practice) < wanted:
             practice.append(ids)
     if not practice or not held_out:
-        raise PromptsError(f"{len(own.keys() | pool.keys())} prompts are too few to practise on some and be judged on others: give a longer pool")
+        few = f"{len(own.keys() | pool.keys())} prompts of at most {config.prompt_tokens} tokens are too few"
+        raise PromptsError(f"{few} to practise on some and be judged on others: give a longer pool")
     return Prompts(tuple(practice), tuple(held_out))
 
 
@@ -63,15 +64,18 @@ def first_turn(messages: Sequence[Any]) -> str:
     return prompt_key(messages[: first + 1])
 
 
-def rendered(prompts: Iterable[tuple[Sequence[Any], str]], tokenizer: Renderer) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(messages, what it belongs to) each -> {key of the messages: (what the first such belongs to, token ids)}; what the chat template refuses is left out."""
+def rendered(prompts: Iterable[tuple[Sequence[Any], str]], tokenizer: Renderer, most: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(messages, what it belongs to) each -> {key of the messages: (what the first such belongs to, token ids)}.
+
+    Left out is what the chat template refuses, and what has more than `most` tokens.
+    """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for messages, belongs in prompts:
         key = prompt_key(messages)
         if key not in found:
             with contextlib.suppress(ValueError):
                 found[key] = belongs, tuple(tokenizer.render(list(messages)))
-    return found
+    return {key: (belongs, ids) for key, (belongs, ids) in found.items() if len(ids) <= most}
 
 
 def shuffled(keys: Iterable[str], rng: random.Random) -> list[str]:

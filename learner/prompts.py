@@ -5,13 +5,12 @@ Owns the layouts. Does not choose among prompts (`learner/practice.py`).
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
 from store.errors import BadImport
 from store.records import Message
-from store.rows import messages
+from store.rows import messages, read_text
 
 HERE = Path(__file__).parent / "starter"
 POOL = HERE / "prompts_pool.txt"  # what rounds practise on beside people's own
@@ -26,21 +25,22 @@ def conversations_from(path: Path | None = None, *, held_out: bool = False) -> l
     """Prompts from a text file (one a line), JSONL or JSONL.gz (`prompt`: string or conversation); default the starter's. Raises PromptsError."""
     path = path or HERE / ("prompts_heldout.txt" if held_out else "prompts_train.txt")
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if ".jsonl" in path.name else lines
-        found = [messages(prompt, "user", f"line {n}", "prompt") for n, prompt in enumerate(prompts, 1)]
-    except FileNotFoundError:
-        raise PromptsError(f"there is no file {path}") from None
+        text = read_text(path)
+    except BadImport as wrong:
+        raise PromptsError(str(wrong)) from None
+    lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    try:
+        prompts = [(n, json.loads(line)["prompt"] if ".jsonl" in path.name else line) for n, line in lines]
+        found = [(n, messages(prompt, "user", f"line {n}", "prompt")) for n, prompt in prompts]
     except BadImport as wrong:
         raise PromptsError(f"{path.name}, {wrong}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise PromptsError(f"{path.name} is not a prompt a line, nor JSONL with a prompt ({type(error).__name__})") from None
     if not found:
         raise PromptsError(f"{path} has no prompts")
-    if line := next((n for n, prompt in enumerate(found, 1) if not prompt or prompt[-1]["role"] != "user"), None):
+    if line := next((n for n, prompt in found if not prompt or prompt[-1]["role"] != "user"), None):
         raise PromptsError(f"{path.name}, line {line}: a prompt ends with a turn of the user's")
-    return found
+    return [prompt for _, prompt in found]
 
 
 def prompts_from(path: Path | None = None, *, held_out: bool = False) -> list[str]:

@@ -152,7 +152,7 @@ class Learner:
             # 2. Where the policy starts, and what it may not drift from.
             start = self.load_version(record["parent"], START)
             record["reference"] = self.reference_of(record["parent"], config.reference)
-            reference = self.load_version(record["reference"], REFERENCE)
+            reference = start if record["reference"] == record["parent"] else self.load_version(record["reference"], REFERENCE)
 
             # 3. The reward model: does it work?
             reward, judges, record["reward"], may_train = train_reward(
@@ -239,16 +239,22 @@ class Learner:
 
     def reference_of(self, version: str, wanted: str) -> str:
         """The version that KL is measured against: as configured, or the instruction-finetuned ancestor of `version`,
-        or the base where it has none. Raises CorruptAdapter."""
+        or the base where it has none. Where an ancestor is gone, what its successor was measured against. Raises CorruptAdapter."""
         if wanted != "auto":
             return wanted
         seen: set[str] = set()
+        recorded = None
         while version != BASE and version not in seen:
-            manifest = self.registry.manifest(version)
+            try:
+                manifest = self.registry.manifest(version)
+            except CorruptAdapter:
+                if recorded is None:
+                    raise
+                return recorded
             if manifest.kind == "sft":
                 return version
             seen.add(version)
-            version = manifest.parent
+            version, recorded = manifest.parent, manifest.extra.get("reference")
         return BASE
 
     def check_finite(self) -> None:

@@ -53,7 +53,7 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=300)
+        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=300, trust_env=False)  # past any proxy: the key is nobody else's
         self.answered = False  # a server that has answered before is waited for; one that never has may not be there
 
     def __enter__(self) -> Self:

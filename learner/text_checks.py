@@ -15,6 +15,7 @@ from typing import NamedTuple
 ENDS = re.compile(r"[.!?…。！？][\"'”’)\]*_`]*$|[)\]\"”’`|]$|[\U0001F300-\U0001FAFF\u2600-\u27BF]\ufe0f?$|[:;]-?[)D]$")
 CODE = re.compile(r"```.*?```", re.S)
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s")
+NUMBERED = re.compile(r"^([ \t]*)(\d{1,3})[.)](?!\d)", re.M)
 SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 SHORTENED = r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bapprox)(?<!\bno)(?<!\ba\.m)(?<!\bp\.m)(?<!\bSt)(?<!\bDr)(?<!\bMr)"
@@ -84,6 +85,8 @@ def faults(text: str, finish_reason: str | None = "stop") -> list[Fault]:
         found.append(Fault("repeated sentence", *again))
     if turn := loop(text):
         found.append(Fault("loop", *turn))
+    if astray := miscounted(prose):
+        found.append(Fault("numbers out of order", *astray))
     if text.count("(") > text.count(")") or text.count('"') % 2 or text.count("```") % 2:
         found.append(Fault("bracket or quote left open", last, last + 1))
     return found
@@ -134,6 +137,26 @@ def repeated_sentence(text: str, shortest: int = 3) -> tuple[int, int] | None:
         if said in seen and said.count(" ") + 1 >= shortest:
             return start, end
         seen.add(said)
+    return None
+
+
+def miscounted(text: str) -> tuple[int, int] | None:
+    """Where a numbered list leaves the step of its first two numbers, as 4, 5, 6, 5 does; None where none does.
+
+    Each indentation has a list of its own, and a 1 that does not follow an item at once begins another.
+    """
+    lists: dict[int, list[int]] = {}  # indentation -> the numbers so far
+    last = 0
+    for line in NUMBERED.finditer(text):
+        indent, number, apart = len(line[1]), int(line[2]), text.count("\n", last, line.start()) > 1
+        lists = {i: numbers for i, numbers in lists.items() if i <= indent}
+        numbers = lists.setdefault(indent, [])
+        if number == 1 and apart:
+            numbers.clear()
+        if len(numbers) >= 2 and number - numbers[-1] != numbers[1] - numbers[0]:
+            return line.start(2), line.end()
+        numbers.append(number)
+        last = line.end()
     return None
 
 

@@ -13,6 +13,8 @@ import json
 import secrets
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from urllib.parse import urlsplit
 
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
+from filelock import FileLock
 
 from server.errors import StartupError
 from server.settings import Settings, is_loopback
@@ -27,6 +30,7 @@ from store.files import write_bytes, write_json
 
 Role = Literal["user", "operator"]
 PREFIX = "plaudit"
+UNREAD = (-1, -1)  # the stamp of no file: the next look reads it
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,21 @@ class Keyring:
             raise ValueError(f"{role!r} is not a role: user or operator")
         if not voter.strip():
             raise ValueError("a key needs a voter id, such as the person's login")
-        self._read()
         key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         key = Key(key_id, self._hasher.hash(secret), role, voter, time.time())
-        self._write({**self._keys, key_id: key})
+        with self._changing():
+            self._write({**self._keys, key_id: key})
         return f"{PREFIX}-{key_id}-{secret}"
 
     def revoke(self, key_id: str) -> bool:
         """Forget the key; False when there is none of that id."""
-        self._read()
-        if key_id not in self._keys:
+        if not self.path.exists():
             return False
-        self._write({k: v for k, v in self._keys.items() if k != key_id})
-        return True
+        with self._changing():
+            if key_id not in self._keys:
+                return False
+            self._write({k: v for k, v in self._keys.items() if k != key_id})
+            return True
 
     def find(self, presented: str) -> Key | None:
         """The key that `presented` is, or None. The first time costs an argon2 verification (tens of ms)."""
@@ -121,6 +127,16 @@ class Keyring:
         """Whether `find` would answer without an argon2 verification."""
         return hashlib.sha256(presented.encode("utf-8", "surrogatepass")).digest() in self._verified
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The keys as they are in the file, and nobody else's to write until the block ends: another process may be adding one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock"), mode=0o600):
+            with self._lock:
+                self._stamp = UNREAD
+            self._read()
+            yield
+
     def _read(self) -> None:
         try:
             stat = self.path.stat()
@@ -141,10 +157,9 @@ class Keyring:
             self._keys, self._stamp, self._verified = keys, stamp, {}
 
     def _write(self, keys: dict[str, Key]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"keys": [asdict(key) for key in keys.values()]})  # mode 0600
         with self._lock:
-            self._stamp = None
+            self._stamp = UNREAD
         self._read()
 
 

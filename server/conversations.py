@@ -1,6 +1,6 @@
 """`/v1/conversations` and `GET /v1/comparisons/{id}`: reading and erasing what was said.
 
-Own ones only; operators may read and erase all. A comparison hides its versions until its own voter has voted.
+Own ones only; operators may read and erase all. A comparison hides its versions until the one it was shown to has voted.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ router = APIRouter()
 
 def wire_comparison(comparison: Comparison, who: Identity) -> dict[str, Any]:
     """A comparison as `who` may see it."""
-    mine = next((vote for vote in comparison.votes if vote.voter == who.voter), None)
+    cast = comparison.vote if who.operator else next((vote for vote in comparison.votes if vote.voter == who.voter), None)
     choices = []
     for completion in comparison.completions:
         choice = {"index": completion.index, "text": completion.text, "finish_reason": completion.finish_reason}
-        if mine is not None:
+        if cast is not None:
             choice["version"] = completion.version
         choices.append(choice)
     vote = None
-    if mine is not None:
-        vote = {"vote_id": mine.id, "kind": mine.kind, "groups": mine.groups, "edit": mine.edit, "comment": mine.comment,
-                "created": mine.created}
+    if cast is not None:
+        vote = {"vote_id": cast.id, "kind": cast.kind, "groups": cast.groups, "edit": cast.edit, "comment": cast.comment,
+                "created": cast.created}
     return {
         "comparison_id": comparison.id,
         "conversation_id": comparison.conversation_id,

@@ -174,7 +174,7 @@ class Deployment:
             self.count(shown, voter, groups)
         async with self._lock:
             await self._load_deployed()
-        await self.take_in()
+        await self._look()
         self._task = asyncio.create_task(self._poll(), name="take-in")
 
     def _remember(self, row: AdapterRow) -> None:
@@ -210,11 +210,14 @@ class Deployment:
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
-            try:
-                await self.take_in()
-                await self._unload_idle()
-            except Exception as error:  # one bad look must not end the looking
-                log.error("take_in_failed", kind=type(error).__name__)
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            await self.take_in()
+            await self._unload_idle()
+        except Exception as error:  # one bad look must not end the looking, nor the start
+            log.error("take_in_failed", kind=type(error).__name__)
 
     async def take_in(self) -> None:
         """Bring new versions and finished rounds of the learner into the database, and deploy as the mode says."""
@@ -254,7 +257,9 @@ class Deployment:
             self._note_refusal(version, str(unfit))
             await self._db(self.store.audit, AUTO, "refuse", {"version": version, "reason": str(unfit)})
             return
-        if manifest.gate is None or self.settings.promotion == "manual":  # an upload, `plaudit sft`: an operator's to promote
+        by_hand = manifest.gate is None or self.settings.promotion == "manual"  # an upload, `plaudit sft`: an operator's to promote
+        left = self.by_operator and manifest.parent != self.live  # learned from what an operator has replaced meanwhile
+        if by_hand or (left and self.settings.promotion == "auto"):
             await self._record(manifest, "candidate")
         elif self.settings.promotion == "auto":
             await self._deploy(version, self.live, None, AUTO, "publish", new=manifest)
@@ -324,8 +329,8 @@ class Deployment:
     async def weigh(self) -> None:
         """After a vote: promote or drop the candidate, or roll the live version back, when the votes decide it.
 
-        An operator's choice stays live whatever they say; then all they decide is that the question is closed. What cannot be recorded
-        now is tried again after the next vote.
+        An operator's choice is not rolled back, whatever they say; then all they decide is that the question is closed. A candidate may
+        still take its place, which is what canary means. What cannot be recorded now is tried again after the next vote.
         """
         if self.candidate is None and self.previous is None:
             return

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from sqlite_utils.utils import sqlite3
 from starlette.exceptions import HTTPException
 
+from server.logs import places
 from store.errors import DiskFull, NotFound, StoreError
 
 log = structlog.get_logger("plaudit")
@@ -109,12 +110,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "the database could not answer; try again", retry_after_s=1)
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return ApiError(503, "the database is busy; try again", retry_after_s=1)
-    frames = []
-    tb = error.__traceback__
-    while tb is not None:
-        frames.append(f"{tb.tb_frame.f_code.co_filename}:{tb.tb_lineno}")
-        tb = tb.tb_next
-    log.error("internal_error", kind=type(error).__name__, where=frames[-6:])
+    log.error("internal_error", kind=type(error).__name__, where=places(error))
     return ApiError(500, "an internal error; the server's log names its place", code="internal_error")
 
 

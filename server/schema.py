@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StringConstraints,
     field_validator,
     model_validator,
@@ -105,7 +106,7 @@ class Message(Wire):
 class StreamOptions(Wire):
     """OpenAI's options of a streamed answer."""
 
-    include_usage: bool | None = False
+    include_usage: StrictBool | None = False
     include_obfuscation: Literal[False] | None = None
 
 
@@ -123,19 +124,19 @@ class ChatRequest(Body):
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=128)] = "plaudit"
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
-    stream: bool | None = False
+    n: Annotated[int, Field(ge=1, le=MAX_N, strict=True)] | None = 1
+    stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, strict=True)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
     stop: Annotated[
         Annotated[list[StopString], Field(max_length=4)] | None,
         BeforeValidator(_as_list, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=4)] | None),
     ] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logprobs: bool | None = False
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] | None = None
+    logprobs: StrictBool | None = False
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
     metadata: dict[str, Annotated[str, StringConstraints(max_length=512)]] | None = None
 

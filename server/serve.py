@@ -6,6 +6,7 @@ requests finish up to the grace period, then uvicorn stops. A second Ctrl-C (SIG
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 import time
@@ -13,8 +14,11 @@ import time
 import uvicorn
 from fastapi import FastAPI
 
+from server.logs import Wordless
 from server.runtime import Runtime
 from server.settings import Settings
+
+WORDLESS = Wordless()  # one, so that a second server adds no second
 
 
 class PlauditServer(uvicorn.Server):
@@ -40,4 +44,5 @@ def make_server(app: FastAPI, settings: Settings) -> PlauditServer:
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
         timeout_keep_alive=30, ws="none", server_header=False,
     )
+    logging.getLogger("uvicorn.error").addFilter(WORDLESS)
     return PlauditServer(config, app.state.runtime)

@@ -105,12 +105,16 @@ class Store:
 
     def _sweep(self) -> None:
         """Empty the write-ahead log, which still holds what was erased. A reader in the middle of its work keeps that from
-        happening; then it is tried again after the next write.
+        happening, or a disk without room; then it is tried again after the next write. What was written stands either way.
         """
         self.db.execute(f"pragma busy_timeout = {SWEEP_WAIT_MS}")
-        busy, _, _ = self.db.execute("pragma wal_checkpoint(truncate)").fetchone()  # does nothing without such a log
-        self.db.execute(f"pragma busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
-        self._unswept = bool(busy)
+        try:
+            busy, _, _ = self.db.execute("pragma wal_checkpoint(truncate)").fetchone()  # does nothing without such a log
+            self._unswept = bool(busy)
+        except sqlite3.OperationalError:
+            self._unswept = True
+        finally:
+            self.db.execute(f"pragma busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Database]:
@@ -556,8 +560,13 @@ def said(role: str, text: str) -> list[Message]:
 
 
 def preference_rows(item: VotedComparison, *, implicit: bool = False) -> Iterable[dict[str, Any]]:
-    """One row for each strict pair of the ranking; an edit beats what it edited (with no favourite: every reply)."""
+    """One row for each strict pair of the ranking; an edit beats what it edited (with no favourite: every reply).
+
+    None where the prompt does not end with a message of the user's, which no reader takes.
+    """
     vote = item.vote
+    if item.comparison.messages[-1]["role"] != "user":
+        return
     text = {c.index: c.text for c in item.comparison.completions}
     pairs = [(text[w], text[loser]) for i, group in enumerate(vote.groups) for w in group for later in vote.groups[i + 1:] for loser in later]
     if vote.edit:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,23 @@ def test_a_key_made_or_revoked_by_another_process_counts_at_once(tmp_path: Path)
     assert server.find(key) is None
 
 
+def test_keys_made_and_revoked_at_once_are_all_as_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is being hashed, another process revokes a key and makes one."""
+    mine, others = Keyring(tmp_path), Keyring(tmp_path)
+    old, made = mine.create("operator", "old"), []
+    hashed = mine._hasher.hash
+
+    def slow(secret: str) -> str:
+        assert others.revoke(old.split("-")[1])
+        made.append(others.create("user", "ben"))
+        return hashed(secret)
+
+    monkeypatch.setattr(mine, "_hasher", SimpleNamespace(hash=slow, verify=mine._hasher.verify))
+    made.append(mine.create("user", "ana"))
+    assert all(Keyring(tmp_path).find(key) for key in made) and len(mine) == len(others) == 2
+    assert mine.find(old) is None and others.find(old) is None
+
+
 def test_a_full_disk_leaves_the_keys_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ring = Keyring(tmp_path)
     key = ring.create("user", "ana")
@@ -79,7 +97,7 @@ def test_a_full_disk_leaves_the_keys_as_they_were(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskFull, match="nothing was written"):
         ring.create("user", "ben")
-    assert [path.name for path in tmp_path.iterdir()] == ["keys.json"] and ring.find(key) is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys.json", "keys.lock"] and ring.find(key) is not None
 
 
 def test_a_damaged_key_file_stops_the_start_with_its_name(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import typer
 from typer.testing import CliRunner
 
 import plaudit
+from learner.simulate import Client, SimulateError
 from learner.worker import parser
 from server.settings import Settings
 from store import AdapterRegistry, Store
@@ -139,6 +140,16 @@ def test_a_chat_in_the_terminal_outlives_a_refusal_and_an_odd_pick(monkeypatch: 
     assert sent[3] == ("vote", {"favourite": 1})
 
 
+def test_no_proxy_sees_what_is_said_to_a_server_on_this_machine(monkeypatch: pytest.MonkeyPatch, another_server: str) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, another_server)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert "no answer" in run("adapters", "--url", "http://127.0.0.1:9").stderr
+    with Client("http://127.0.0.1:9", "a key") as client, pytest.raises(SimulateError, match="Is `plaudit serve` running"):
+        client.call("GET", "/v1/status")
+
+
 def test_config_says_where_each_value_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plaudit.toml").write_text("port = 7001\nround_votes = 5\n")
@@ -242,7 +253,9 @@ def test_votes_go_in_and_come_out(tmp_path: Path) -> None:
 
 def test_keys_are_shown_once_listed_without_their_secret_and_revoked(tmp_path: Path) -> None:
     data = ["--data-dir", str(tmp_path)]
-    key = run("keys", "add", "ann", "--role", "operator", *data).output.strip()
+    made = run("keys", "add", "ann", "--role", "operator", *data)
+    key = made.stdout.strip()
+    assert "everyone needs a key" in made.stderr and not run("keys", "add", "ben", *data).stderr
     listed = run("keys", "list", *data).output
     assert key.startswith("plaudit-") and "ann" in listed and key not in listed
     assert key not in (tmp_path / "keys.json").read_text()

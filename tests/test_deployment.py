@@ -384,6 +384,19 @@ def test_what_votes_decided_is_not_done_to_another_version(tiny_llama: Path, tmp
         assert deployment.live == first
 
 
+def test_what_was_learned_from_a_version_that_an_operator_replaced_meanwhile_waits_for_them(tiny_llama: Path, tmp_path: Path) -> None:
+    """A round begins, the operator goes back from the version it learns from, the round ends."""
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        first = gone_live(running, registry, tiny_llama, 1)
+        assert c.post("/v1/adapters/rollback").status_code == 200
+        second = publish_random(registry, tiny_llama, seed=2, parent=first)
+        running.until(lambda: len(c.get("/v1/adapters").json()["data"]) == 2)
+        statuses = {row["version"]: row["status"] for row in c.get("/v1/adapters").json()["data"]}
+        assert (running.runtime.deployment.live, statuses[second]) == ("base", "candidate")
+        assert gone_live(running, registry, tiny_llama, 3) == running.runtime.deployment.live  # its parent is base, which is live
+
+
 def test_an_operators_choice_stays_theirs_through_a_later_canary_and_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
     registry, settings = AdapterRegistry(tmp_path / "adapters"), settings_for(tmp_path, tiny_llama, promotion="canary")
     first = publish_random(registry, tiny_llama, seed=1)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import packed
 from engine.cache import Prompt, Rows
-from engine.model import CausalModel, ModelError
+from engine.model import CausalModel, ModelError, context_limit
 from engine.source import WrittenConfig, read_config
 from tests.tiny import tiny_config, tiny_model_dir
 
@@ -237,6 +237,23 @@ def test_the_context_is_what_the_model_can_see(tmp_path: Path, tiny_any: Path) -
     config = tiny_config("mistral", 512)
     config.sliding_window = 40
     assert CausalModel.load(save_random(tmp_path, config)).max_context == 40
+
+
+def test_the_context_ends_where_rows_would_no_longer_be_alone_with_their_positions(tmp_path: Path) -> None:
+    """longrope's factors go by the longest row of a pass, and GPT-Neo's window is counted in columns."""
+    common = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256, "pad_token_id": 0}
+    factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    phi = AutoConfig.for_model("phi3", intermediate_size=96, num_attention_heads=4, original_max_position_embeddings=64, rope_parameters=factors, **common)
+    neo = AutoConfig.for_model("gpt_neo", num_layers=2, num_heads=4, intermediate_size=96, window_size=16, attention_types=[[["global", "local"], 1]], vocab_size=512, hidden_size=64, max_position_embeddings=256)
+    assert context_limit(phi) == 64 and context_limit(neo) == 16
+    neo.attention_layers = ["global", "global"]
+    assert context_limit(neo) == 256
+
+
+def test_hidden_states_are_as_wide_as_the_head_and_not_as_the_config_says(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("opt", vocab_size=512, hidden_size=64, word_embed_proj_dim=32, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, pad_token_id=0)
+    model = CausalModel.load(save_random(tmp_path, config))
+    assert model.hidden_size == model(IDS).shape[-1] == 32
 
 
 @pytest.mark.parametrize(("said", "sampling"), [

@@ -22,6 +22,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 SCOPE = ("base", "ann")
 
 
+def test_memory_that_runs_out_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(1, 1, 1, 8, 1024, torch.float32, "cpu")
+    cache.keys[:], cache.values[:] = 1.0, 2.0
+    real, calls = torch.Tensor.new_zeros, []
+
+    def second_fails(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) == 2:
+            raise RuntimeError("not enough memory")
+        return real(tensor, *shape)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
+        patch.setattr(torch.Tensor, "new_zeros", second_fails)
+        cache.reserve(5, 300)
+    assert cache.keys.shape == cache.values.shape == (1, 4, 1, 128, 1)
+    cache.reserve(5, 300)
+    assert cache.keys.shape == cache.values.shape == (1, 8, 1, 300, 1)
+    assert cache.values[0, :4, 0, :128].eq(2).all() and cache.values.sum() == 2 * 4 * 128
+    cache.shrink(cache.bytes)
+    assert cache.length == 300
+    cache.shrink(cache.bytes - 1)
+    assert cache.keys.shape == cache.values.shape == (1, 4, 1, 128, 1) and not cache.keys.any()
+
+
 def written(ids: list[int], rows: int = 2) -> KVCache:
     """A cache whose row 0 holds keys that say which tokens lie before them, so that a wrong piece shows."""
     cache = KVCache(1, 1, 1, rows, 256, torch.float32, "cpu")

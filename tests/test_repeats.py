@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from learner.sft import SFTConfig, collate, token_loss, train
 from learner.starter import repeats
 from learner.starter.recipe import ASSISTANT
-from learner.starter.repeats import Unlikely, broken_off, probability, repeated
+from learner.starter.repeats import Unlikely, broken_off, late, probability, repeated
+from learner.starter.topics import topics
 from learner.text_checks import faults
 
 
@@ -38,6 +39,13 @@ def test_a_list_breaks_off_behind_a_mark() -> None:
     assert broken_off("Bees fly. Bees dance! Are they old?", Random(1)) is None
 
 
+def test_a_list_begins_with_a_fact_from_further_down() -> None:
+    numbered, bulleted = "Facts:\n1. Bees fly.\n2. Bees dance.\n3. Bees hum.", "- Bees are insects.\n- Bees fly.\n- Bees dance."
+    assert {late(numbered, Random(seed)) for seed in range(60)} == {("Facts:\n1.", " Bees dance."), ("Facts:\n1.", " Bees hum.")}
+    assert {late(bulleted, Random(seed)) for seed in range(60)} == {("-", " Bees dance.")}  # the second may be the first fact
+    assert late("Bees fly. They dance. They hum.", Random(0)) is None and late("1. Bees fly.\n2. Bees dance.", Random(0)) is None
+
+
 @pytest.mark.parametrize("reply", ["Bees fly.", "Bees fly. They dance.", "- Bees fly.", "x = 1\ny = 2\nz = 3", ""])
 def test_what_says_too_little_is_left_alone(reply: str) -> None:
     assert repeated(reply, Random(0)) is None
@@ -47,7 +55,8 @@ def test_examples_are_faulty_chats_with_loss_on_the_repetition_alone(shipped) ->
     _, tokenizer = shipped
     rows = repeats.examples(tokenizer, 200, 3)
     assert rows == repeats.examples(tokenizer, 200, 3) and len(rows) == 200
-    flagged = broken = 0
+    flagged = broken = begun = 0
+    further = {fact for t in topics() if not t.how for wordings in t.facts[1:] for fact in wordings}
     for row in rows:
         text = tokenizer.decode(row.ids)
         assert tuple(tokenizer.encode(text, add_special_tokens=False)) == row.ids  # cut where the tokenizer cuts
@@ -56,11 +65,14 @@ def test_examples_are_faulty_chats_with_loss_on_the_repetition_alone(shipped) ->
         assert reply.endswith(again)
         if off := again.endswith("<|end|>"):
             assert again in ("\n-<|end|>", *(f"\n{n}.<|end|>" for n in range(2, 8)))
+        elif first := f"\n{reply}".removesuffix(again).endswith(("\n1.", "\n-")):
+            assert again.strip() in further
         else:
             assert again.split(" ", 1)[1] in reply[: -len(again)]
         broken += off
+        begun += not off and first
         flagged += any(f.name == "repeated sentence" for f in faults(reply, "stop"))
-    assert flagged > 120 and 10 < broken < 50  # short items such as "Red" are no sentences
+    assert flagged > 100 and 10 < broken < 50 and 10 < begun < 50  # short items such as "Red" are no sentences
 
 
 @torch.no_grad()

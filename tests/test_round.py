@@ -26,6 +26,7 @@ from learner.practice import choose_prompts
 from learner.prompts import PromptsError
 from learner.round import Learner, RoundStopped, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
+from store.errors import CorruptAdapter
 from store.records import Completion, NewComparison
 from store.rounds import RoundFiles
 from store.store import Store
@@ -398,6 +399,31 @@ def test_the_reference_is_the_finetuned_ancestor_where_there_is_one(tmp_path: Pa
     assert learner.reference_of("v000001", "auto") == "v000001"
     assert learner.reference_of("v000003", "auto") == "base"
     assert learner.reference_of("v000002", "base") == "base"
+
+
+def test_an_ancestor_that_was_moved_away_does_not_end_the_learning(tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    source = AdapterRegistry(published[0] / "adapters").path("v000001")
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    lineage = ({"kind": "sft"}, {"parent": "v000001", "reference": "v000001"}, {"parent": "v000002", "reference": "v000001"})
+    for fields in lineage:
+        registry.publish(lambda d: [(d / f).write_bytes((source / f).read_bytes()) for f in files], fields)
+    shutil.rmtree(registry.path("v000002"))
+    learner = learner_on(tmp_path, model, tokenizer)
+    assert learner.reference_of("v000003", "auto") == "v000001"
+    with pytest.raises(CorruptAdapter):
+        learner.reference_of("v000002", "auto")
+
+
+def test_what_is_long_is_neither_practised_nor_asked(published: tuple, tokenizer: ChatTokenizer) -> None:
+    with Store.open(published[0], read_only=True) as store:
+        voted = store.voted_comparisons()
+    longest = max(len(tokenizer.render(list(item.comparison.messages))) for item in voted)
+    for most in (longest, longest - 1):
+        prompts = choose_prompts(voted, tokenizer, replace(QUICK, prompt_tokens=most), 3)
+        assert max(map(len, (*prompts.practice, *prompts.held_out))) <= most
+    with pytest.raises(PromptsError, match="0 prompts of at most 1 tokens"):
+        choose_prompts(voted, tokenizer, replace(QUICK, prompt_tokens=1), 3)
 
 
 def test_practice_and_gate_prompts_are_different_and_come_from_people_first(published: tuple, tokenizer: ChatTokenizer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from engine.engine import Engine, SamplingParams
@@ -24,9 +25,10 @@ from engine.tokenizer import ChatTokenizer
 from server.app import create_app
 from server.auth import Keyring
 from server.chat import _event
+from server.deployment import Deployment
 from server.errors import StartupError
 from server.runtime import Runtime
-from store.errors import DataDirInUse
+from store.errors import DataDirInUse, DiskFull
 from store.store import Store
 from tests.serving import HELLO, Served, ask, served, settings_for
 
@@ -199,6 +201,8 @@ def test_neutral_values_of_other_openai_fields_are_taken(client: httpx.Client) -
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 65}, "max_tokens"), ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
     ({"stop": ["a"] * 5}, "stop: List should have at most 4 items"), ({"stop": ["a", ""]}, "stop.1: String should have at least 1"),
     ({"stop": ""}, "stop.0: String should have at least 1"), ({"stop": 5}, "stop: Input should be a valid list"),
+    ({"n": True}, "n"), ({"n": "2"}, "n"), ({"stream": "yes"}, "stream"), ({"temperature": True}, "temperature"), ({"top_p": "0.5"}, "top_p"),
+    ({"max_tokens": "5"}, "max_tokens"), ({"logprobs": 1}, "logprobs"), ({"seed": "7"}, "seed"),
     ({"seed": 2**63}, "seed"), ({"seed": 1.5}, "seed"),
     ({"stream_options": {"include_usage": True}}, "stream"),
     ({"metadata": {"conversation_id": 5}}, "metadata"),
@@ -531,6 +535,9 @@ def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
             error_of(ana.post("/v1/adapters", content=b"anything"), 403)  # told before the body is looked at
             error_of(op.post("/v1/adapters", content=b"anything"), 415)
             url = f"/v1/comparisons/{made['comparison_id']}"
+            assert op.get(url).json()["vote"] is None and "version" not in op.get(url).json()["choices"][0]
+            assert ana.put(url + "/vote", json={"favourite": 1}).status_code == 201
+            assert op.get(url).json() == ana.get(url).json() and op.get(url).json()["vote"]["groups"] == [[1], [0]]
             error_of(ben.get(url), 404)  # the Plaudit-Voter header counts for nothing here
             assert op.get(url).status_code == 200
             error_of(ben.delete(f"/v1/conversations/{made['conversation_id']}"), 404)
@@ -572,6 +579,35 @@ def test_keys_damaged_while_the_server_runs_let_nobody_in_and_are_told_in_the_lo
         error_of(c.post("/v1/adapters", content=b"anything", headers={"Authorization": f"Bearer {key}"}), 503)
         assert c.get("/healthz").status_code == 200
     assert "keys.json is damaged" in capfd.readouterr().err
+
+
+def test_what_nobody_foresaw_is_told_by_its_type_and_place_and_without_its_words(
+    tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def secret() -> None:
+        raise RuntimeError("my secret is xyzzy")
+
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        running.app.router.routes.insert(0, APIRoute("/v1/secret", secret))
+        assert error_of(c.get("/v1/secret"), 500)["code"] == "internal_error"
+    said = capfd.readouterr()
+    told = said.err + said.out + caplog.text
+    assert "xyzzy" not in told and "Traceback" not in told
+    assert "RuntimeError" in said.err and "test_server.py:" in said.err
+
+
+def test_a_look_at_new_versions_that_fails_does_not_end_the_start(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = Deployment.take_in, []
+
+    async def full(self: Deployment) -> None:
+        if not failed:
+            failed.append(True)
+            raise DiskFull("no room")
+        await real(self)
+
+    monkeypatch.setattr(Deployment, "take_in", full)
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        assert failed and c.get("/readyz").status_code == 200
 
 
 def test_over_quota_is_a_429_that_says_when(tiny_llama: Path, tmp_path: Path) -> None:

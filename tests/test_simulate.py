@@ -125,18 +125,23 @@ def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(PromptsError, match=r"bad\.jsonl"):
         prompts_from(tmp_path / "bad.jsonl")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n" * 900)[:-12])
+    with pytest.raises(PromptsError, match=r"cut\.txt\.gz is not UTF-8 text, plain or gzipped"):
+        prompts_from(tmp_path / "cut.txt.gz")
+    with pytest.raises(PromptsError, match="is a directory"):
+        prompts_from(tmp_path)
 
 
 def test_prompts_come_from_lines_or_conversations(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    (tmp_path / "a.txt").write_text("\ufeffone\n\n two \n")
     assert prompts_from(tmp_path / "a.txt") == ["one", "two"]
     talk = [{"role": "user", "content": "four"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "and one?"}]
     rows = [{"prompt": "three"}, {"prompt": talk}]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     assert prompts_from(tmp_path / "b.jsonl.gz") == ["three", "and one?"]
     assert conversations_from(tmp_path / "b.jsonl.gz") == [({"role": "user", "content": "three"},), tuple(talk)]
-    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"prompt": talk[:2]}))
-    with pytest.raises(PromptsError, match=r"c\.jsonl, line 2: a prompt ends with a turn of the user's"):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "one"}) + "\n\n" + json.dumps({"prompt": talk[:2]}))
+    with pytest.raises(PromptsError, match=r"c\.jsonl, line 3: a prompt ends with a turn of the user's"):
         conversations_from(tmp_path / "c.jsonl")
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": [{"role": "robot", "content": "Hum."}]}))
     with pytest.raises(PromptsError, match=r"d\.jsonl, line 1: prompt must be a string or a list"):

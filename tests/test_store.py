@@ -157,6 +157,25 @@ def on_disk(store: Store) -> bytes:
     return b"".join(file.read_bytes() for file in sorted(store.data_dir.iterdir()) if file.is_file())
 
 
+def test_what_is_committed_stands_where_the_log_cannot_be_emptied(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = store.db.execute
+
+    def full(sql: str, *args: object) -> object:
+        if "wal_checkpoint" in sql:
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(sql, *args)
+
+    monkeypatch.setattr(store.db, "execute", full)
+    shown = ask(store, "my secret is xyzzy")
+    store.record_vote(shown.id, "ann", groups=[[0], [1, 2]], kind="favourite")
+    assert store.counts()["votes"] == 1
+    assert store.erase_conversation("conv_1")["votes"] == 1
+    assert real("pragma busy_timeout").fetchone()[0] > 1000
+    monkeypatch.undo()
+    store.set_control(paused=True)
+    assert b"xyzzy" not in on_disk(store)
+
+
 @pytest.mark.skipif(durability().journal != "WAL", reason="the linked SQLite writes no write-ahead log")
 def test_what_a_reader_keeps_from_being_erased_goes_with_the_next_write(store: Store) -> None:
     ask(store, "my secret is xyzzy")

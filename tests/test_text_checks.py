@@ -28,6 +28,13 @@ GOOD = [
     "They tell us where a sound comes from, since there are two. The text that I learned from was written for this.",
     "Most throws that go in are worth two points. Come in, your coat is wet. Fold the sides in, please. He gave an in-depth talk.",
     "The letters a, e, i, o and u are the main ones. It is spelled z-e-b-r-a. A box of nails and of screws.",
+    "Two ways:\n1. By bus.\n2. By train.\n\nWhat to take:\n1. A map.\n2. A coat.",
+    "1. A\n   1. a\n   2. b\n   3. c\n2. B\n   1. d\n   2. e\n3. C\n4. D",
+    "1. One.\nIt is the first.\n\n2. Two.\n3. Three.\n\n1. One again.",
+    "3. Three.\n2. Two.\n1. One.",
+    "1. Bees\n1. ants\n1. cats",
+    "In 1969 they walked on it:\n1.5 kilometres in all.",
+    "Use `pip`.\n```\n1. a\n3. b\n2. c\n```\nThat is all.",
     "Use `pip`.\n```\nx = f(a, b) .. y\n```\nThat is all.",
 ]  # fmt: skip
 BROKEN = {
@@ -59,6 +66,11 @@ BROKEN = {
     "It is round. It has no air. It is round.": "repeated sentence",
     "- It has no air.\n- It is far.\n- it has no air": "repeated sentence",
     "It is round and round and round and round and round.": "loop",
+    "Facts:\n1. It is round.\n2. It is far.\n2. It has no air.": "numbers out of order",
+    "Facts:\n4. It is round.\n5. It is far.\n6. It has no air.\n5. It is cold.": "numbers out of order",
+    "1. It is round.\n2. It is far.\n1. It has no air.": "numbers out of order",
+    "1. A\n   1. a\n   2. b\n   4. c\n2. B": "numbers out of order",
+    "1) It is round.\n2) It is far.\n5)It has no air.": "numbers out of order",
     "Bees make honey (and wax.": "bracket or quote left open",
 }
 
@@ -91,6 +103,7 @@ def test_a_reply_that_hit_the_length_limit_is_cut_even_after_a_full_stop() -> No
     ("Bees make honey. Cats sleep a lot. Bees make honey. Yes.", "repeated sentence", "Bees make honey."),
     ("It goes round and round and round and then stops.", "loop", "round and"),
     ("we go up we go up we go up and down.", "loop", "we go up"),
+    ("1. It is round.\n2. It is far.\n3. It is cold.\n2. It has no air.", "numbers out of order", "2."),
     ("It is in the sea and the", "cut end", ""),
 ])  # fmt: skip
 def test_a_fault_is_where_the_reply_became_broken(text: str, name: str, where: str | None) -> None:

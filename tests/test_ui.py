@@ -536,7 +536,8 @@ def test_a_stream_that_just_ends_is_not_taken_for_complete() -> None:
         (error(429, "queue full", {"Retry-After": "5"}), "in 5 seconds"),
         (error(429, "queue full"), "in a moment"),
         (error(500, "Traceback (most recent call last)"), "Something went wrong on the server (status 500)"),
-        (error(503, "draining"), "starting or stopping"),
+        (error(503, "the server is shutting down", code="draining"), "starting or stopping"),
+        (error(503, "the database is busy; try again"), "The database is busy; try again."),
         (error(504, "deadline"), "took too long"),
         (error(507, "disk"), "disk is full"),
     ],
@@ -695,6 +696,17 @@ def test_a_stored_conversation_opens_with_its_newest_replies_and_vote() -> None:
     assert (chat.message, [r.text for r in chat.replies], chat.comparison_id, chat.phase) == ("b", ["C", "D"], "c2", "choosing")
 
 
+def test_what_another_client_asked_for_is_kept_and_one_reply_is_not_compared() -> None:
+    told = [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": "a"}]
+    chat = Chat.reopened({"conversation_id": "conv", "comparisons": [{"comparison_id": "c1", "messages": told, "choices": [{"index": 0, "text": "A"}], "vote": None}]})
+    html = cards.exchange(chat)
+    assert 'data-act="edit"' in html and 'data-act="none"' in html
+    assert 'data-act="pick"' not in html and 'data-act="tie"' not in html and "Pick the reply" not in html
+    assert chat.begin("b", 2) == [*told, {"role": "assistant", "content": "A"}, {"role": "user", "content": "b"}]
+    chat.forget()
+    assert chat.begin("c", 2) == [told[0], {"role": "user", "content": "c"}]
+
+
 # --- sentences and figures
 
 
@@ -848,7 +860,7 @@ def test_a_page_names_no_other_host_to_load_from_and_forbids_it(mounted: TestCli
     assert "connect-src 'self'" in policy and "img-src 'self' data:" in policy and "frame-ancestors 'none'" in policy
 
 
-@pytest.mark.parametrize("path", ["/gradio_api/upload", "/operator/gradio_api/upload", "/gradio_api/proxy=https://x.hf.space/a", "/gradio_api/file=/etc/passwd", "/gradio_api/upload%0A"])
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/operator/gradio_api/upload", "/gradio_api/proxy=https://x.hf.space/a", "/gradio_api/file=/etc/passwd", "/gradio_api/upload%0A", "/gradio_api/process_recording", "/operator/gradio_api/info"])
 def test_gradios_doors_that_no_page_uses_are_shut(mounted: TestClient, path: str) -> None:
     assert mounted.post(path, files={"files": b"x"}).status_code == 404
     assert mounted.get(path).status_code == 404

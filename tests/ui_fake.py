@@ -18,9 +18,9 @@ TEXTS = (
 )
 
 
-def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error(status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None) -> JSONResponse:
     """An error in the OpenAI shape."""
-    return JSONResponse({"error": {"message": message, "type": "x", "param": None, "code": None}}, status, headers=headers)
+    return JSONResponse({"error": {"message": message, "type": "x", "param": None, "code": code}}, status, headers=headers)
 
 
 class Fake:

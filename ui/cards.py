@@ -97,14 +97,16 @@ def _card(chat: Chat, index: int, reply: Reply) -> str:
     if votable and (twin := chat.twin(index)) is not None and text == reply.text:
         cut += f'<p class="note">Word for word the same as reply {twin + 1}.</p>'
     buttons = '<footer class="waiting"></footer>' if chat.phase == "streaming" else ""
+    several = len(chat.replies) > 1  # another client may have asked for one: nothing to compare it with
     if votable:
         label = "Picked" if chosen else "Pick this instead" if chat.phase == "voted" else "Pick this"
-        buttons = (
-            f'<footer><button type="button" class="pick" data-act="pick" data-index="{index}" aria-pressed="{str(chosen).lower()}" '
-            f'aria-label="{label}: reply {n}">{TICK if chosen else ""}{label}</button>'
-            f'<button type="button" class="quiet" data-act="edit" data-index="{index}" aria-label="Edit reply {n}">Edit</button></footer>'
+        pick = (
+            f'<button type="button" class="pick" data-act="pick" data-index="{index}" aria-pressed="{str(chosen).lower()}" '
+            f'aria-label="{label}: reply {n}">{TICK if chosen else ""}{label}</button>' if several else ""
         )
-    clickable = f' data-card data-act="pick" data-index="{index}"' if votable and not chosen else ""
+        edit = f'<button type="button" class="quiet" data-act="edit" data-index="{index}" aria-label="Edit reply {n}">Edit</button>'
+        buttons = f"<footer>{pick}{edit}</footer>"
+    clickable = f' data-card data-act="pick" data-index="{index}"' if votable and several and not chosen else ""
     writing = " writing" if waiting and text else ""
     return (
         f'<article class="{" ".join(filter(None, classes))}{writing}" aria-labelledby="reply-{n}"{clickable}>'
@@ -125,7 +127,9 @@ def _choices(chat: Chat) -> str:
         return f'<div class="choices">{_button("retry", "R", "Try again")}</div>'
     if chat.phase == "streaming" or chat.comparison_id is None:
         return '<div class="choices" role="group" aria-live="polite"></div>'
-    buttons = [_button("tie", "T", "Tie", chat.choice == "tie"), _button("none", "N", "None good", chat.choice == "none")]
+    several = len(chat.replies) > 1
+    buttons = [_button("tie", "T", "Tie", chat.choice == "tie")] if several else []
+    buttons += [_button("none", "N", "None good", chat.choice == "none")]
     if chat.phase == "voted":
         if chat.choice == "none":
             buttons += [_button("edit", "E", "Write a better one"), _button("retry", "R", "Try again")]
@@ -133,7 +137,7 @@ def _choices(chat: Chat) -> str:
         hint = '<span class="hint">Changed your mind? Pick again. Or write on: your next message follows your pick.</span>'
     else:
         keys = f"1–{len(chat.replies)}"
-        hint = f'<span class="hint">Pick the reply you like<span class="keys">: click it, or press <kbd>{keys}</kbd></span></span>'
+        hint = f'<span class="hint">Pick the reply you like<span class="keys">: click it, or press <kbd>{keys}</kbd></span></span>' if several else ""
     return f'<div class="choices" role="group" aria-live="polite">{hint}{"".join(buttons)}</div>'
 
 

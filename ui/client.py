@@ -231,6 +231,8 @@ def problem_of(answer: httpx.Response) -> Problem:
         wait = answer.headers.get("Retry-After", "")
         when = f"in {wait} second{'' if wait == '1' else 's'}" if wait.isdigit() else "in a moment"
         sentence = f"The assistant is busy right now. Please try again {when}."
+    elif status == 503 and said and code != "draining":  # a reply broke down, or the database could not answer
+        sentence = _sentence(said)
     elif status == 503:
         sentence = "The server is starting or stopping. Please try again in a moment."
     elif status == 504:

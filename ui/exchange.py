@@ -47,6 +47,7 @@ class Chat:
 
     voter: str = ""  # see `speaker`
     conversation_id: str | None = None
+    instructions: list[dict[str, str]] = field(default_factory=list)  # system messages that a conversation of another client's begins with
     turns: list[Turn] = field(default_factory=list)
     phase: Phase = "empty"
     message: str = ""
@@ -83,7 +84,7 @@ class Chat:
         self.settle()
         self.message, self.replies, self.phase = message, [Reply() for _ in range(n)], "streaming"
         self.number += 1
-        return [*self.history(), {"role": "user", "content": message}]
+        return [*self.instructions, *self.history(), {"role": "user", "content": message}]
 
     def forget(self) -> None:
         """Stop sending the older half of what is still sent. The page says so; nothing is cut silently."""
@@ -140,7 +141,9 @@ class Chat:
         question: str | None = None
         for message in newest.get("messages") or []:
             content = str(message.get("content") or "")
-            if message.get("role") == "user":
+            if message.get("role") == "system" and question is None and not chat.turns:
+                chat.instructions.append({"role": "system", "content": content})
+            elif message.get("role") == "user":
                 question = content
             elif message.get("role") == "assistant" and question is not None:
                 chat.turns.append(Turn(question, content, wrote.get(content)))

@@ -18,8 +18,8 @@ ROUND_STATES = {
     "gating": "being checked",
 }
 STATS = (
-    ("conversations", "conversations"), ("comparisons", "comparisons"), ("votes", "votes"), ("voters", "voters"),
-    ("demonstrations", "edited replies"), ("rounds", "rounds"), ("versions", "versions"),
+    ("conversations", "conversations"), ("comparisons", "comparisons"), ("votes", "votes"),
+    ("demonstrations", "edited replies"), ("rounds", "rounds"), ("adapters", "versions"),
 )
 
 

@@ -1,4 +1,4 @@
-// Keyboard of the chat page: 1-4 pick, T tie, N none good, E edit, / write. Loaded in <head>; no dependencies.
+// Keyboard of the chat page: 1-8 pick, T tie, N none good, E edit, / write. Loaded in <head>; no dependencies.
 (() => {
   const LETTERS = { t: "tie", n: "none", e: "edit", u: "undo", r: "retry" };
   const composer = () => document.querySelector("#composer textarea");
@@ -30,7 +30,7 @@
     }
     const key = event.key.toLowerCase();
     let found = null;
-    if (key >= "1" && key <= "4") found = document.querySelector(`#exchange button[data-act="pick"][data-index="${+key - 1}"]`);
+    if (key >= "1" && key <= "8") found = document.querySelector(`#exchange button[data-act="pick"][data-index="${+key - 1}"]`);
     else if (LETTERS[key]) {
       const act = `[data-act="${LETTERS[key]}"]:not(.card)`;
       const card = node.closest && node.closest(".card");

@@ -24,7 +24,7 @@ from ui.operator import build_operator
 from ui.theme import head, theme
 
 CLOSED = re.compile(
-    r"(/gradio_api)?/(upload|upload_progress|proxy=.*|file=.*|file/.*|stream/.*|component_server|call/.*|run/.*|api/.*"
+    r"(/gradio_api)?/(upload|upload_progress|process_recording|info|openapi\.json|proxy=.*|file=.*|file/.*|stream/.*|component_server|call/.*|run/.*|api/.*"
     r"|monitoring.*|vibe.*|deep_link|runs?(/.*)?)/?"
 )
 HEADERS = {

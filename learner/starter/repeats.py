@@ -49,22 +49,42 @@ def broken_off(reply: str, rng: Random) -> tuple[str, str] | None:
     return (found[0], found[1].split(" ")[0]) if found and found[1].startswith("\n") else None
 
 
-def listed(rng: Random) -> list[dict]:
-    """A chat about a thing whose reply is a list."""
+def late(reply: str, rng: Random) -> tuple[str, str] | None:
+    """(how a list of facts begins, up to its first mark, a fact that belongs further down); None for less than three items.
+
+    The corpus's lists begin at the topic's first fact. One that begins elsewhere runs out of facts before its last mark, and goes back.
+    """
+    lines = reply.split("\n")
+    items = [m for line in lines if (m := ITEM.match(line))]
+    if len(items) < 3:
+        return None
+    mark = "1." if items[0][1] else "-"
+    further = items[1:] if items[0][1] else items[2:]  # bullets may begin with what the thing is, and the first fact
+    return "\n".join([*lines[: lines.index(items[0].group())], mark]), f" {rng.choice(further)[2]}"
+
+
+def listed(rng: Random, *, steps: bool = True) -> list[dict]:
+    """A chat whose reply is a list about a thing, or with `steps` now and then of how something is done."""
     if rng.random() < 0.5:
         made = tasks.facts(rng)
         return corpus.turn(made.prompt, made.reply)
-    t = rng.choice(topics())
+    t = rng.choice([t for t in topics() if steps or not t.how])
     return corpus.turn(prompts.ask(t, rng), answer(t, "list", rng))
 
 
 def examples(tokenizer: Any, count: int, seed: int) -> list[Example]:
-    """Chats whose last reply says something again, half of them lists, where most of it happens, or (one in five) breaks off; loss on that alone."""
+    """Chats whose last reply says something again, half of them lists, where most of it happens, or (one in five) breaks off, or (one in ten)
+    begins a list where it will have to; loss on that alone.
+    """
     rng, out = Random(f"repeats/{seed}"), list[Example]()
     while len(out) < count:
-        messages = listed(rng) if rng.random() < 0.5 else list(corpus.chat(rng).messages)
-        off = rng.random() < 0.2
-        if (found := (broken_off if off else repeated)(messages[-1]["content"], rng)) is None:
+        wrong = rng.choices((repeated, broken_off, late), (7, 2, 1))[0]
+        off = wrong is broken_off
+        if wrong is late:
+            messages = listed(rng, steps=False)
+        else:
+            messages = listed(rng) if rng.random() < 0.5 else list(corpus.chat(rng).messages)
+        if (found := wrong(messages[-1]["content"], rng)) is None:
             continue
         begun, again = found
         start = encode_chat(tokenizer, [*messages[:-1], {"role": "assistant", "content": begun}]).ids
