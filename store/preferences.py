@@ -62,8 +62,8 @@ def preference(row: dict[str, Any], where: str) -> Preference:
     if chosen == rejected:
         raise BadImport(f"{where}: chosen and rejected are the same text")
     voter = row.get("voter", UNNAMED)
-    if not isinstance(voter, str) or not voter.isprintable():
-        raise BadImport(f"{where}: voter must be a string of printable characters")
+    if not isinstance(voter, str) or any("\ud800" <= c <= "\udfff" for c in voter):
+        raise BadImport(f"{where}: voter must be a string, and of whole characters")
     return Preference(prompt, chosen, rejected, voter)
 
 

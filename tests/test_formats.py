@@ -147,6 +147,8 @@ def test_plain_strings_are_a_question_and_two_answers() -> None:
 
 @pytest.mark.parametrize("row, why", [
     ({"chosen": "b", "rejected": "c"}, "no 'prompt'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "voter": "\ud800"}, "voter must be a string"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "voter": 5}, "voter must be a string"),
     ({"chosen": [*PROMPT, BLUE], "rejected": [*PROMPT, BLUE]}, "same text"),
     ({"chosen": [*PROMPT, BLUE], "rejected": PROMPT}, "message of the user"),
     ({"chosen": [*PROMPT, BLUE, said("user", "?"), RED], "rejected": [*PROMPT, RED]}, "one reply"),

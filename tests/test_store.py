@@ -239,6 +239,13 @@ def test_export_gives_strict_pairs_edits_and_rankings(store: Store) -> None:
     assert [row["messages"][-1] for row in store.export("demonstration")] == [{"role": "assistant", "content": "mine"}]
 
 
+def test_what_no_reader_takes_is_left_out_of_exported_preferences(store: Store) -> None:
+    shown = ask(store, "Hi", "Hello!")  # a client may let the assistant go on with its own turn
+    store.record_vote(shown.id, "ann", groups=[[0], [1, 2]], kind="favourite")
+    assert list(store.export("preference")) == list(store.export("preference-implicit")) == []
+    assert len(list(store.export("ranking"))) == 1
+
+
 def test_export_goes_on_over_many_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("store.store.EXPORT_ROWS", 3)
     for i in range(10):
