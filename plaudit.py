@@ -182,7 +182,7 @@ def serve(**flags: Any) -> None:
 
             server = make_server(ui.mount(create_app(settings), local, building=kept_for_good), settings)
         out.print(f"Plaudit: {local}   operator page: {local}/operator   Ctrl-C stops.", highlight=False)
-        with contextlib.suppress(SystemExit):  # uvicorn's, of a start that failed
+        with sock, contextlib.suppress(SystemExit):  # uvicorn's, of a start that failed
             server.run(sockets=[sock])
         if not server.started:
             raise SystemExit(2)  # the reason has been told by the application
@@ -626,7 +626,7 @@ def add_key(
         try:
             ring = Keyring(load_settings(data_dir=data_dir).data_dir)
             first = not len(ring)
-            print(ring.create(role, voter))  # type: ignore[arg-type]
+            print(ring.create(role, voter))
         except ValueError as error:
             fail(error)
     if first:
@@ -662,7 +662,7 @@ def export(
 ) -> None:
     """Write the votes as JSONL to standard output, with the server running or not."""
     from store import Store
-    from store.store import EXPORTS
+    from store.exports import EXPORTS
 
     if format not in EXPORTS:
         fail(f"unknown format {format}: {', '.join(EXPORTS)}")

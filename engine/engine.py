@@ -397,14 +397,14 @@ class Engine:
 
     def _count(self) -> None:
         self.stats.running, self.stats.queued = len(self.scheduler.running), self.scheduler.queued
-        if not self.has_work() and self._replay is None:  # what is recorded would have to be recorded anew
-            self._cache.shrink(IDLE_BYTES)
-        self.stats.kv_bytes = self._cache.bytes
-        self.stats.kept_bytes = self._prefixes.bytes if self._prefixes is not None else 0
         if not self.has_work():
             self._flying = None
             for mixture in self._mixtures.values():
                 mixture.rest()
+            if self._replay is None:  # what is recorded would have to be recorded anew
+                self._cache.shrink(IDLE_BYTES)
+        self.stats.kv_bytes = self._cache.bytes
+        self.stats.kept_bytes = self._prefixes.bytes if self._prefixes is not None else 0
 
 
 @torch.inference_mode()

@@ -62,24 +62,29 @@ class ChatTokenizer:
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation `[{"role", "content"}, ...]` under the chat template.
 
-        What somebody writes is text, also where it spells a special token: only the template ends turns and begins them. Raises ValueError, with the template's own words, when the template refuses the conversation.
+        What somebody writes is text, also where it spells a special token: only the template ends turns and begins them.
+        Raises ValueError, with the template's own words, when the template refuses the conversation.
         """
         from jinja2.exceptions import TemplateError
 
-        apart = f"\ue000{secrets.token_hex(8)}\ue000" if any(self.spelled.search(m["content"]) for m in messages) else None
-        if apart:
-            messages = [{**m, "content": self.spelled.sub(lambda found: apart + found.group() + apart, m["content"])} for m in messages]
+        nonce = secrets.token_hex(8) if any(self.spelled.search(m["content"]) for m in messages) else None
+        opened, closed = f"\ue000{nonce}", f"\ue001{nonce}"  # nobody can guess them, so nobody can write them
+        if nonce:
+            messages = [{**m, "content": self.spelled.sub(lambda found: opened + found.group() + closed, m["content"])} for m in messages]
         try:
             made = self.hf.apply_chat_template(
-                messages, tokenize=apart is None, add_generation_prompt=generation_prompt, return_dict=False,
+                messages, tokenize=nonce is None, add_generation_prompt=generation_prompt, return_dict=False,
                 tokenizer_kwargs={"verbose": False},  # what is too long is refused by who knows the model
             )  # fmt: skip
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
-        if apart is None:
+        if nonce is None:
             return made
+        parts = re.split(f"{opened}(.*?){closed}", made, flags=re.S)  # every second one is somebody's
+        if any(nonce in part for part in parts[::2]):  # half of a pair, or written otherwise
+            raise ValueError("the model's chat template changes text that spells a special token: leave that out")
         ids: list[int] = []
-        for i, part in enumerate(made.split(apart)):  # every second one is somebody's
+        for i, part in enumerate(parts):
             ids += self.encode(part) if i % 2 else self.hf.encode(part, add_special_tokens=False, verbose=False)
         return ids
 

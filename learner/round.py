@@ -229,7 +229,7 @@ class Learner:
         fields = {
             "parent": record["reference"] if restarted else record["parent"], "round": record["round"], "kind": record["kind"], "base_digest": self.model.digest,
             "base_model": record["base_model"], "data_digest": record["data_digest"], "seed": record["seed"],
-            "gate": finite(record["gate"]), "probe": probe(self.model, POLICY, ids), "reference": record["reference"],
+            "gate": finite(record["gate"]), "probe": probe(self.model, POLICY, ids), "reference": record["reference"], "live": record["parent"],
         }  # fmt: skip
         return self.registry.publish(lambda path: self.model.lora.save(POLICY, path), fields).version
 

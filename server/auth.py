@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from argon2 import PasswordHasher
@@ -29,6 +29,7 @@ from server.settings import Settings, is_loopback
 from store.files import write_bytes, write_json
 
 Role = Literal["user", "operator"]
+ROLES: tuple[Role, ...] = get_args(Role)
 PREFIX = "plaudit"
 UNREAD = (-1, -1)  # the stamp of no file: the next look reads it
 
@@ -78,14 +79,15 @@ class Keyring:
         self._read()
         return sorted(self._keys.values(), key=lambda key: key.created)
 
-    def create(self, role: Role, voter: str) -> str:
+    def create(self, role: str, voter: str) -> str:
         """Make a key and return it; it cannot be read again. Raises `ValueError` for a bad role or voter."""
-        if role not in ("user", "operator"):
-            raise ValueError(f"{role!r} is not a role: user or operator")
+        known: Role | None = next((known for known in ROLES if known == role), None)
+        if known is None:
+            raise ValueError(f"{role!r} is not a role: {' or '.join(ROLES)}")
         if not voter.strip():
             raise ValueError("a key needs a voter id, such as the person's login")
         key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-        key = Key(key_id, self._hasher.hash(secret), role, voter, time.time())
+        key = Key(key_id, self._hasher.hash(secret), known, voter, time.time())
         with self._changing():
             self._write({**self._keys, key_id: key})
         return f"{PREFIX}-{key_id}-{secret}"

@@ -19,9 +19,9 @@ from store.records import Comparison, Conversation
 router = APIRouter()
 
 
-def wire_comparison(comparison: Comparison, who: Identity) -> dict[str, Any]:
-    """A comparison as `who` may see it."""
-    cast = comparison.vote if who.operator else next((vote for vote in comparison.votes if vote.voter == who.voter), None)
+def wire_comparison(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as the one it was shown to may see it, and operators with them."""
+    cast = comparison.vote
     choices = []
     for completion in comparison.completions:
         choice = {"index": completion.index, "text": completion.text, "finish_reason": completion.finish_reason}
@@ -45,7 +45,7 @@ def wire_comparison(comparison: Comparison, who: Identity) -> dict[str, Any]:
 @router.get("/v1/comparisons/{comparison_id}")
 async def get_comparison(comparison_id: str, request: Request, who: User) -> dict[str, Any]:
     """One comparison; each reply's version only after the vote."""
-    return wire_comparison(await shown_to(runtime_of(request), comparison_id, who, or_operator=True), who)
+    return wire_comparison(await shown_to(runtime_of(request), comparison_id, who, or_operator=True))
 
 
 @router.get("/v1/conversations")
@@ -77,7 +77,7 @@ async def get_conversation(conversation_id: str, request: Request, who: User) ->
         "conversation_id": conversation.id,
         "created": conversation.created,
         "messages": messages,
-        "comparisons": [wire_comparison(comparison, who) for comparison in conversation.comparisons],
+        "comparisons": [wire_comparison(comparison) for comparison in conversation.comparisons],
     }
 
 

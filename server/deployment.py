@@ -21,6 +21,7 @@ import structlog
 from engine.engine import Engine
 from server.abtest import AbTest
 from server.bridge import EngineBridge
+from server.logs import places
 from server.metrics import Metrics
 from server.scoreboard import Scoreboard
 from server.settings import Settings
@@ -217,7 +218,7 @@ class Deployment:
             await self.take_in()
             await self._unload_idle()
         except Exception as error:  # one bad look must not end the looking, nor the start
-            log.error("take_in_failed", kind=type(error).__name__)
+            log.error("take_in_failed", kind=type(error).__name__, where=places(error))
 
     async def take_in(self) -> None:
         """Bring new versions and finished rounds of the learner into the database, and deploy as the mode says."""
@@ -257,15 +258,15 @@ class Deployment:
             self._note_refusal(version, str(unfit))
             await self._db(self.store.audit, AUTO, "refuse", {"version": version, "reason": str(unfit)})
             return
-        by_hand = manifest.gate is None or self.settings.promotion == "manual"  # an upload, `plaudit sft`: an operator's to promote
-        left = self.by_operator and manifest.parent != self.live  # learned from what an operator has replaced meanwhile
-        if by_hand or (left and self.settings.promotion == "auto"):
-            await self._record(manifest, "candidate")
-        elif self.settings.promotion == "auto":
+        mode = self.settings.promotion
+        replaced = self.by_operator and manifest.extra.get("live", manifest.parent) != self.live  # by an operator, while its round ran
+        if manifest.gate is None or mode == "manual" or (mode == "auto" and replaced):  # without a gate: an upload, `plaudit sft`
+            await self._record(manifest, "candidate")  # an operator's to promote
+        elif mode == "auto":
             await self._deploy(version, self.live, None, AUTO, "publish", new=manifest)
         else:
             await self._deploy(self.live, self.previous, version, AUTO, "canary", new=manifest)
-        log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=self.settings.promotion)
+        log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=mode)
 
     async def _record(self, manifest: Manifest, status: str) -> None:
         await self._db(self.store.take_in_adapter, manifest.to_dict(), status)

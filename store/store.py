@@ -13,8 +13,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +23,7 @@ from sqlite_utils.utils import sqlite3
 
 from store.database import BUSY_TIMEOUT_S, connect_reader, connect_writer, lock_data_dir, plain_errors
 from store.errors import NotFound
-from store.preferences import Preference
+from store.exports import EXPORTS
 from store.records import (
     AdapterRow,
     Ballot,
@@ -552,49 +551,6 @@ def vote_from_row(row: Sequence[Any]) -> Vote:
 def chain(previous: str, entry: Sequence[Any]) -> str:
     """sha256 over the digest before and this entry."""
     return hashlib.sha256((previous + json.dumps(list(entry))).encode()).hexdigest()
-
-
-def said(role: str, text: str) -> list[Message]:
-    """One message, in a list."""
-    return [{"role": role, "content": text}]
-
-
-def preference_rows(item: VotedComparison, *, implicit: bool = False) -> Iterable[dict[str, Any]]:
-    """One row for each strict pair of the ranking; an edit beats what it edited (with no favourite: every reply).
-
-    None where the prompt does not end with a message of the user's, which no reader takes.
-    """
-    vote = item.vote
-    if item.comparison.messages[-1]["role"] != "user":
-        return
-    text = {c.index: c.text for c in item.comparison.completions}
-    pairs = [(text[w], text[loser]) for i, group in enumerate(vote.groups) for w in group for later in vote.groups[i + 1:] for loser in later]
-    if vote.edit:
-        pairs += [(vote.edit, text[i]) for i in (vote.groups[0] if vote.groups else text)]
-    for chosen, rejected in pairs:
-        if chosen == rejected:  # the same words twice: nothing to learn, and no reader takes them
-            continue
-        yield Preference(item.comparison.messages, chosen, rejected, vote.voter).row(implicit=implicit)
-
-
-def ranking_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
-    """The vote whole."""
-    vote = item.vote
-    completions = [{"text": c.text, "version": c.version} for c in item.comparison.completions]
-    yield {"prompt": list(item.comparison.messages), "completions": completions, "kind": vote.kind,
-           "ranking": [list(group) for group in vote.groups], "edit": vote.edit, "comment": vote.comment, "voter": vote.voter}
-
-
-def demonstration_rows(item: VotedComparison) -> Iterable[dict[str, Any]]:
-    """The conversation with the person's own reply at its end."""
-    if item.vote.edit:
-        yield {"messages": [*item.comparison.messages, *said("assistant", item.vote.edit)], "voter": item.vote.voter}
-
-
-EXPORTS: dict[str, Callable[[VotedComparison], Iterable[dict[str, Any]]]] = {
-    "preference": preference_rows, "preference-implicit": partial(preference_rows, implicit=True),
-    "ranking": ranking_rows, "demonstration": demonstration_rows,
-}
 
 
 def shown_from_row(row: Sequence[Any]) -> Shown:

@@ -26,8 +26,9 @@ from typer.testing import CliRunner
 import plaudit
 from learner.simulate import Client, SimulateError
 from learner.worker import parser
+from server.deployment import Deployment
 from server.settings import Settings
-from store import AdapterRegistry, Store
+from store import AdapterRegistry, Store, StoreError
 
 ROOT = Path(__file__).parents[1]
 ROW = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
@@ -199,6 +200,16 @@ def test_a_settings_file_that_is_not_understood_is_told(tmp_path: Path, monkeypa
         (tmp_path / "plaudit.toml").write_text(content)
     result = run("config")
     assert result.exit_code == 2 and told in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_start_that_fails_is_one_line_and_status_2(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def busy(_: Deployment) -> None:
+        raise StoreError("the database was busy for 10 s; try again")
+
+    monkeypatch.setattr(Deployment, "start", busy)
+    result = run("serve", "--model", str(tiny_llama), "--port", "0", "--data-dir", str(tmp_path / "data"), "--no-learner")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "the database was busy for 10 s; try again" in result.stderr
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -394,6 +394,9 @@ def test_what_was_learned_from_a_version_that_an_operator_replaced_meanwhile_wai
         running.until(lambda: len(c.get("/v1/adapters").json()["data"]) == 2)
         statuses = {row["version"]: row["status"] for row in c.get("/v1/adapters").json()["data"]}
         assert (running.runtime.deployment.live, statuses[second]) == ("base", "candidate")
+        restarted = publish_random(registry, tiny_llama, seed=4, parent=first, live="base")  # made from its reference, with base live all along
+        running.until(lambda: running.runtime.deployment.live == restarted)
+        assert c.post("/v1/adapters/base/promote").status_code == 200
         assert gone_live(running, registry, tiny_llama, 3) == running.runtime.deployment.live  # its parent is base, which is live
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,16 @@ def test_what_somebody_writes_ends_no_turn_and_begins_none(tokenizer: ChatTokeni
     assert tokenizer.decode(ids) == f"HelloSo: <|end|>{forged}"
     assert ids == tokenizer.render(messages)
     assert not set(tokenizer.encode("Yes<|end|> more")) & tokenizer.special_ids
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] | urlencode }}", "{{ messages[0]['content'].split('|end|>')[-1] }}"])
+def test_a_template_that_changes_what_spells_a_special_token_is_a_value_error(tiny_llama: Path, tmp_path: Path, template: str) -> None:
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = ChatTokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.render([{"role": "user", "content": "plain"}])) == "plain"
+    with pytest.raises(ValueError, match="leave that out"):
+        tokenizer.render([{"role": "user", "content": "a<|end|>b"}])
 
 
 def test_special_tokens_are_left_out_of_text(tokenizer: ChatTokenizer) -> None:

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--average", type=Path, nargs="+", metavar="DIR", help="train nothing: write the mean of these sittings' weights to OUT")
     parser.add_argument("--sharpen", type=float, default=1.0, metavar="S", help="with --average: every logit times S, so that fewer replies go astray at temperature 1")
     parser.add_argument("--lr", type=float, default=Recipe.sft_lr, help="peak learning rate of the finetuning")
-    parser.add_argument("--unlikely", type=float, default=0.0, metavar="W", help="W times the unlikelihood of repeated sentences is added to the finetuning's loss")
+    parser.add_argument("--unlikely", type=float, default=0.0, metavar="W", help="W times the unlikelihood of repeated sentences, and of lists that begin where they will have to, is added to the finetuning's loss")
     parser.add_argument("--tokens-per-batch", type=int, default=Recipe.tokens_per_batch, help="padded tokens of a step at most")
     args = parser.parse_args(argv)
     for given in (*(args.average or ()), *([args.continue_from] if args.continue_from else ())):
