@@ -3,8 +3,8 @@
 `make peers`, then `python -m benchmarks.peers [--tastes friendly] [--votes 60]`. For each taste and seed, people of that
 taste (with noise) vote on 4 replies of the base; both sides read the same file of votes. Ours is what a round trains:
 reward model and policy with the shipped settings (the gate, which no peer has, is left out on both sides). Its wall clock
-and its number of rollouts are the peers' budgets. Peers train with LoRA of our rank at two learning rates; for each
-budget the better one is reported, by the gold judge itself, which favours them; what else they are given is in
+and its number of rollouts are the peers' budgets. Peers train with LoRA of our rank at three learning rates; for each
+budget the best one is reported, by the gold judge itself, which favours them; what else they are given is in
 `benchmarks/peer/policies.py`. DPO samples nothing: its 3 passes count for a budget where they took no more of it. One
 contestant after the other, each in a process of its own.
 
@@ -77,7 +77,7 @@ class Run:
         """One line for a person."""
         update = f"{self.update_s:.2f} s" if self.update_s else "-"
         j = self.judged
-        print(f"{self.method:<11}{self.rate:<5} {self.stop:<9} wins {j.win_rate:.3f} ({j.low:.3f} to {j.high:.3f}) KL {j.kl:6.2f} "
+        print(f"{self.method:<11}{self.rate:<6} {self.stop:<9} wins {j.win_rate:.3f} ({j.low:.3f} to {j.high:.3f}) KL {j.kl:6.2f} "
               f"broken {j.broken:.3f} length {j.length:5.1f} | {self.seconds:.0f} s, {self.rollouts:.0f} rollouts, an update {update}, "
               f"{self.peak_bytes / 1e9:.2f} GB {self.note}", flush=True)  # fmt: skip
 

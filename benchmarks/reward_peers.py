@@ -4,7 +4,7 @@
 way `plaudit import` takes them and are split as a round splits them. Each side cross-validates in a process of its own, with
 a part of every fold's training votes and then all of them (the learning curve; smaller parts lie within larger), tested on
 the same votes. Ours is `learner.reward.cross_validate` as shipped, one member a fold; TRL's is one LoRA pass of our rank at
-each of two learning rates, of which the one with the better held-out accuracy is compared, which favours it. Beside both the
+each of three learning rates, of which the one with the best held-out accuracy is compared, which favours it. Beside both the
 length-only baseline. Seconds are those of a whole cross-validation, testing included. JSON last; exit status 1 when a
 target is missed.
 """
@@ -101,7 +101,7 @@ def measure(peer: Path, file: Path, args: argparse.Namespace) -> dict[str, Any]:
                 row = {"who": name, "rate": rate, "part": part, "votes": round(sum(len(f.train) for f in folds) / len(folds)),
                        "right": right, "seconds": answer["seconds"], "peak_bytes": answer["peak_bytes"]}  # fmt: skip
                 rows.append(row)
-                print(f"{file.name.removesuffix('_preferences.jsonl.gz'):<12} {name:<5}{rate:<5} {row['votes']:5} votes: "
+                print(f"{file.name.removesuffix('_preferences.jsonl.gz'):<12} {name:<5}{rate:<6} {row['votes']:5} votes: "
                       f"{sum(right.values()) / len(right):.3f} right, {row['seconds']:7.1f} s, {row['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
     lengths = [[len(c) for c in e.completions_ids] for e in examples]
     length_only = length_baseline(lengths, [e.groups for e in examples], [(fold.train, fold.test) for fold in split.folds])

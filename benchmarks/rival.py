@@ -17,7 +17,7 @@ from learner.config import PPOConfig
 from learner.metrics import strict_pairs
 from store.records import Comparison, Completion, Vote, VotedComparison
 
-RATES = {"low": 1e-4, "high": 1e-3}  # TRL's defaults are 1e-6 to 3e-6 for full models; LoRA takes 10 to 100 times as much
+RATES = {"low": 1e-4, "middle": 3e-4, "high": 1e-3}  # TRL's defaults are 1e-6 to 3e-6 for full models; LoRA takes 10 to 100 times as much
 DPO_PASSES = 3.0  # Trainer's default number of epochs, which TRL leaves as it is
 
 

@@ -5,7 +5,7 @@ where asked) vote on 4 replies of the live version; at each number of votes the 
 a version that passes its gate goes live, and the taste judges it against the base on held-out prompts. Share: its win
 rate over what the taste's best of 8 base replies gets. Beside it: KL, broken replies, known answers, seconds a round.
 Prints a line a round; JSON last. Exit status 1 when a target is missed. `--plot FILE` draws share against votes for each
-taste, beside TRL's DPO (3 passes from the base, the better of two learning rates by the judge itself) on the same votes.
+taste, beside TRL's DPO (3 passes from the base, the best of three learning rates by the judge itself) on the same votes.
 All of it takes hours: `--rows FILE` keeps every row, and courses that are whole there are not run again.
 """
 

@@ -1,4 +1,4 @@
-"""What is broken in a reply, as PPO charges for it: which tokens it came about in, what they answer for, and how much.
+"""What is broken in a reply, as PPO charges for it: which tokens it came about in, what they answer for, how much, and what ending too soon would cost.
 
 Owns what a fault costs and where that lands. Does not own what counts as a fault (`learner/text_checks.py`) or how rewards become advantages
 (`learner/advantages.py`).
@@ -7,6 +7,7 @@ Owns what a fault costs and where that lands. Does not own what counts as a faul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.rollout import Trajectories
-from learner.text_checks import faults
+from learner.text_checks import faults, unfinished
 
 STEP, MOST = 0.2, 8.0  # of a price: its largest change an update, and how dear it may get, in prices at the start
 FEW = 0.02  # share of replies: a reference that breaks less is as good as one that breaks so many
@@ -56,6 +57,32 @@ def fault_tokens(batch: Trajectories, tokenizer: ChatTokenizer) -> list[tuple[in
             ends = rollout.at_characters(tokenizer, batch.completions[i], [fault.end for fault in wrong])
             found += [(i, first, last) for first, last in zip(starts, ends, strict=True)]
     return found
+
+
+@dataclass(frozen=True)
+class Endings:
+    """What it would cost to end the reply in the place of each of its tokens, whether or not that was drawn.
+
+    The policy's probability of ending there is known, so what is expected to be paid is its product with `costs`: the policy gradient of this one
+    action summed instead of sampled (Allen et al. 2017, "Mean Actor Critic"). Replies that stop in the middle of a sentence are one in a
+    hundred, and most batches, having none, would say nothing against them while they say for shorter ones what people voted for.
+    """
+
+    costs: Tensor  # (B, R), in the units of the advantages
+    ids: tuple[int, ...]  # the end tokens
+
+    @classmethod
+    def of(cls, batch: Trajectories, tokenizer: ChatTokenizer, ids: tuple[int, ...], price: float) -> Endings:
+        """`price` where `text_checks.unfinished` finds the reply so far no whole one, 0 elsewhere."""
+        costs = torch.zeros(batch.mask.shape)
+        for i, tokens in enumerate(batch.completions):
+            costs[i, : len(tokens)] = torch.tensor([price * (unfinished(tokenizer.decode(tokens[:k])) is not None) for k in range(len(tokens))])
+        return cls(costs.to(batch.mask.device), ids)
+
+
+def but_endings(spans: Sequence[tuple[int, int, int]], batch: Trajectories) -> list[tuple[int, int, int]]:
+    """The `fault_tokens` that `Endings` does not charge for: those that were there before the end token."""
+    return [span for span in spans if span[2] < len(batch.completions[span[0]]) - 1 or bool(batch.cut[span[0]])]
 
 
 def fault_rewards(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float) -> Tensor:

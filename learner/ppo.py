@@ -3,7 +3,8 @@
 R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
 valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure the ensemble is that people prefer the reply to a
 good one of the version it begins at (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
-token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen.
+token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen. What
+only its end breaks costs by the probability of ending there, at every token (`faults.Endings`).
 
 One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
 are adapters on it. Rollouts come from the engine that serves people. Owns the update; does not own the formulas
@@ -29,7 +30,15 @@ from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.advantages import gae, leave_one_out, token_rewards, whiten
 from learner.config import PPOConfig, served
-from learner.faults import FaultPrice, broken_share, fault_advantages, fault_rewards, fault_tokens
+from learner.faults import (
+    Endings,
+    FaultPrice,
+    broken_share,
+    but_endings,
+    fault_advantages,
+    fault_rewards,
+    fault_tokens,
+)
 from learner.kl_control import KLController, kl_price
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
 from learner.reward import RewardModel
@@ -41,6 +50,7 @@ from learner.value import VALUE, FittedValue, TrainedValue
 
 UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
 RATIO_LIMIT = 10.0  # mean probability ratio of a minibatch over which the run is dropped, as in TRL (`ratio_threshold`)
+LEAST_UNIT = 0.1  # deviation of a batch's advantages by which the cost of ending too soon is divided: one that says nothing must not make it dear
 FINAL = 2  # replies to each of them, by which the best of a run's last few states is told
 
 
@@ -132,7 +142,7 @@ def train_ppo(
     room = max(map(len, fitting)) + config.max_new_tokens
     size = config.prompts_per_update * config.replies_per_prompt
     engine = Engine(model, tokenizer, max_sequences=size, max_context=room)
-    draw = prompt_batches(fitting, config.prompts_per_update, seed)
+    draw, end_ids = prompt_batches(fitting, config.prompts_per_update, seed), tuple(sorted({*tokenizer.eos_ids, *model.eos_ids}))
 
     def sample(version: str, asked: Sequence[Sequence[int]], number: int, group: int = config.replies_per_prompt) -> Trajectories:
         try:
@@ -232,7 +242,8 @@ def train_ppo(
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members, scores = scored(batch)
             spans = fault_tokens(batch, tokenizer)
-            broken = fault_rewards(spans, batch.mask, fault_price.price)  # (B, R)
+            sampled = but_endings(spans, batch)
+            broken = fault_rewards(sampled, batch.mask, fault_price.price)  # (B, R)
             row: dict[str, Any] = {
                 "update": update, "done": done, "score": float(members.mean()), "disagreement": float(deviation(members).mean()), "reward": float((scores + broken.sum(1)).mean()),
                 "kl": kl_reply, "kl_coef": controller.beta, "kl_price": beta, "fault_price": fault_price.price, "entropy": float(masked_mean(entropy, batch.mask)),
@@ -297,16 +308,19 @@ def train_ppo(
                     fitted.fit(seen, total, batch.mask)
                 else:
                     each = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()
-                    better = each[:, None] + fault_advantages(spans, batch.mask, fault_price.price, config.fault_decay)
+                    better = each[:, None] + fault_advantages(sampled, batch.mask, fault_price.price, config.fault_decay)
                 advantages = torch.where(batch.mask, better - beta * kl, 0.0)
+            unit_of = 1.0
             if config.whiten_advantages:
+                unit_of = float(masked_var(advantages, batch.mask).sqrt().clamp(min=LEAST_UNIT))
                 advantages = whiten(advantages, batch.mask)
+            ends = Endings.of(batch, tokenizer, end_ids, fault_price.price / unit_of)
 
             # 7. A few passes of clipped updates over minibatches.
             for group, top in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = top * max(0.1, 1 - done) * min(1.0, (update + 1) / config.warmup)
             row |= learn(
-                model, policy, value, mixed, batch, old, advantages, old_values, returns, optimizer, trained, config,
+                model, policy, value, mixed, batch, old, advantages, ends, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
             moved = True
@@ -353,12 +367,13 @@ def begin(model: CausalModel, policy: str, start: str | None, config: PPOConfig,
 
 def learn(
     model: CausalModel, policy: str, value: TrainedValue | None, mixed: Mixed | None, batch: Trajectories, old: Tensor, advantages: Tensor,
-    old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
+    ends: Endings, old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
     config: PPOConfig, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
     """Epochs of minibatches over one rollout batch; each is gone through in chunks of like length, one step a minibatch.
 
-    old, advantages, old_values, returns: (B, R). Returns the mean figures. Raises PPOError when one is not finite, or the ratio explodes.
+    old, advantages, old_values, returns: (B, R). The policy's loss is the clipped one, and what ending too soon is expected to cost. Returns the
+    mean figures. Raises PPOError when one is not finite, or the ratio explodes.
     """
     totals: dict[str, float] = {}
     steps = 0
@@ -371,12 +386,13 @@ def learn(
             figures: dict[str, float] = {}
             optimizer.zero_grad()
             for chunk in rollout.passes(model, batch, part, config.chunk_tokens):
-                new = rollout.reply_logprobs(model, batch, chunk, policy, config.temperature)
+                new, ending = rollout.reply_logprobs_and_ends(model, batch, chunk, policy, config.temperature, ends.ids)
                 mask = batch.mask[chunk, : new.shape[1]]
                 share = mask.sum() / tokens  # chunk means add up to the minibatch's mean over tokens
                 cols = slice(0, new.shape[1])
                 clipped = policy_loss(new, old[chunk, cols], advantages[chunk, cols], mask, config.clip)
-                loss, parts = clipped.loss * share, {"policy_loss": clipped.loss, "clipfrac": clipped.clipfrac, "ratio": clipped.mean, "step_kl": clipped.kl}
+                ended = masked_mean(ending * ends.costs[chunk, cols], mask)
+                loss, parts = (clipped.loss + ended) * share, {"policy_loss": clipped.loss, "end_cost": ended, "clipfrac": clipped.clipfrac, "ratio": clipped.mean, "step_kl": clipped.kl}
                 if value is not None and old_values is not None and returns is not None:
                     v = value_loss(value(batch, chunk), old_values[chunk, cols], returns[chunk, cols], mask, config.value_clip)
                     loss, parts = loss + v.loss * share, parts | {"value_loss": v.loss, "value_clipfrac": v.clipfrac}

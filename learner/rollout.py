@@ -180,6 +180,16 @@ def reply_logprobs(
     return laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none"))
 
 
+def reply_logprobs_and_ends(
+    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float, end_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`reply_logprobs`, and the probability with which each token might have been one of `end_ids`: (n, R') each, 0 outside the mask."""
+    logits, tokens, mask = reply_logits(model, batch, rows, reply_hidden(model, batch, rows, adapter), temperature)
+    chosen = -F.cross_entropy(logits, tokens, reduction="none")
+    total = logits.gather(1, tokens[:, None]) - chosen[:, None]  # log of the sum over the vocabulary
+    return laid_out(mask, chosen), laid_out(mask, (logits[:, list(end_ids)] - total).exp().sum(1))
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Two policies on the replies of one of them; each (n, R') nats, 0 outside the mask."""

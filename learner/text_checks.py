@@ -76,20 +76,27 @@ def faults(text: str, finish_reason: str | None = "stop") -> list[Fault]:
     "length" means that the reply was cut."""
     prose = CODE.sub(lambda code: " " * len(code.group()), text)
     found = [Fault(rule.name, *at.span()) for rule in RULES if (at := rule.first(prose))]
-    last = len(text)
-    if not WORD.search(text):
-        found.append(Fault("no words", 0, last + 1))
-    elif finish_reason == "length" or not ends_well(text):
-        found.append(Fault("cut end", last, last + 1))
+    if ending := unfinished(text, finish_reason):
+        found.append(ending)
     if again := repeated_sentence(text):
         found.append(Fault("repeated sentence", *again))
     if turn := loop(text):
         found.append(Fault("loop", *turn))
     if astray := miscounted(prose):
         found.append(Fault("numbers out of order", *astray))
-    if text.count("(") > text.count(")") or text.count('"') % 2 or text.count("```") % 2:
-        found.append(Fault("bracket or quote left open", last, last + 1))
     return found
+
+
+def unfinished(text: str, finish_reason: str | None = "stop") -> Fault | None:
+    """What is broken about a reply that ends here, whatever it says before; None for a whole one."""
+    last = len(text)
+    if not WORD.search(text):
+        return Fault("no words", 0, last + 1)
+    if finish_reason == "length" or not ends_well(text):
+        return Fault("cut end", last, last + 1)
+    if text.count("(") > text.count(")") or text.count('"') % 2 or text.count("```") % 2:
+        return Fault("bracket or quote left open", last, last + 1)
+    return None
 
 
 def broken(text: str, finish_reason: str | None = "stop") -> bool:

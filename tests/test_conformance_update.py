@@ -28,13 +28,14 @@ from engine.tokenizer import ChatTokenizer
 from learner import ppo, rollout
 from learner import round as round_module
 from learner.config import PPOConfig, RewardConfig
+from learner.faults import Endings
 from learner.ppo import learn, train_ppo
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.round import close_unfinished, replay_round
 from learner.scorer import Scorer
 from learner.sft import SFTConfig, encode_text, train
-from learner.text_checks import faults
+from learner.text_checks import faults, unfinished
 from learner.value import VALUE, FittedValue, TrainedValue
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
@@ -129,10 +130,10 @@ class Watched:
             self.batches.append(sample(*args, **kwargs))
             return self.batches[-1]
 
-        def watched_update(model: CausalModel, policy: str, value: Any, mixed: Any, batch: Trajectories, old: Tensor, advantages: Tensor, old_values: Any, returns: Any, *rest: Any) -> dict[str, float]:
+        def watched_update(model: CausalModel, policy: str, value: Any, mixed: Any, batch: Trajectories, old: Tensor, advantages: Tensor, ends: Endings, old_values: Any, returns: Any, *rest: Any) -> dict[str, float]:
             model.lora.save(policy, self.directory / str(len(self.given)))
-            self.given.append({"batch": batch, "old": old, "advantages": advantages, "old_values": old_values, "returns": returns})
-            return update(model, policy, value, mixed, batch, old, advantages, old_values, returns, *rest)
+            self.given.append({"batch": batch, "old": old, "advantages": advantages, "ends": ends, "old_values": old_values, "returns": returns})
+            return update(model, policy, value, mixed, batch, old, advantages, ends, old_values, returns, *rest)
 
         monkeypatch.setattr(rollout, "sample", watched_sample)
         monkeypatch.setattr(ppo, "learn", watched_update)
@@ -174,23 +175,28 @@ def scores_by_hand(config: PPOConfig, unit: Trajectories, begun: Trajectories, b
 def faults_by_hand(price: float, decay: float, tokenizer: ChatTokenizer, batch: Trajectories) -> tuple[list[list[float]], list[list[float]]]:
     """What faults cost, as rewards (at a fault's last token) and as advantages (on its tokens, and fading before them).
 
-    A cut reply's end is none.
+    Those that the end alone makes are not among them: `ends_by_hand` has what they are expected to cost.
     """
     rewards, advantages = [], []
-    for completion, text, reason in zip(batch.completions, batch.texts, batch.finish_reasons, strict=True):
+    for completion, text in zip(batch.completions, batch.texts, strict=True):
         last = len(completion) - 1
         said = [len(tokenizer.decode(list(completion[: k + 1]))) for k in range(len(completion))]
-        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text) if reason == "stop" or f.end <= len(text)]
+        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text) if f.end <= len(text)]
         rewards.append([-price if any(t == b for _, b in spans) else 0.0 for t in range(last + 1)])
         share = [max([1.0 if a <= t <= b else decay ** (a - t) if t < a else 0.0 for a, b in spans] + [0.0]) for t in range(last + 1)]
         advantages.append([-price * x for x in share])
     return rewards, advantages
 
 
-def broken_by_hand(tokenizer: ChatTokenizer, batch: Trajectories) -> float:
-    """Share of replies with a fault."""
-    costs, _ = faults_by_hand(1.0, 1.0, tokenizer, batch)
-    return sum(any(row) for row in costs) / len(batch)
+def broken_by_hand(batch: Trajectories) -> float:
+    """Share of replies with a fault; a cut reply's end is none."""
+    replies = zip(batch.texts, batch.finish_reasons, strict=True)
+    return sum(any(reason == "stop" or f.end <= len(text) for f in faults(text)) for text, reason in replies) / len(batch)
+
+
+def ends_by_hand(cost: float, tokenizer: ChatTokenizer, batch: Trajectories) -> list[list[float]]:
+    """What ending in each token's place would cost."""
+    return [[cost if unfinished(tokenizer.decode(c[:k])) else 0.0 for k in range(len(c))] for c in batch.completions]
 
 
 def white(rows: list[list[float]], keep_mean: bool = False) -> list[list[float]]:
@@ -233,7 +239,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     unit, _, started = watched.batches[:3]  # between them, whether it begins too far from the reference
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
     least, begun, cost = beta / 3, 0.0, config.broken_penalty
-    allowed = 0.7 * broken_by_hand(tokenizer, unit)
+    allowed = 0.7 * broken_by_hand(unit)
     assert started.prompts == unit.prompts and len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]
@@ -273,13 +279,17 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
             advantages = [gae_by_hand(r, v, config.gamma, config.lam) for r, v in zip(rewards, values, strict=True)]
             close(given["returns"], [[a + v for a, v in zip(*rows, strict=True)] for rows in zip(advantages, values, strict=True)])
         close(given["advantages"], white(advantages) if whitened else advantages)
+        every_token = [x for row in advantages for x in row]
+        ends = ends_by_hand(cost / (float(np.std(every_token, ddof=1)) if whitened else 1.0), tokenizer, batch)
+        assert given["ends"].ids == tuple(sorted(model.eos_ids)) and any(x == 0 for row in ends for x in row) and any(x > 0 for row in ends for x in row)
+        close(given["ends"].costs, ends)
         done = max(update / config.updates, practised / config.tokens)
         practised += sum(map(len, batch.completions))
         begun = mean_kl if update == 0 else begun
         target = max(begun + min(1, 4 * done) * (config.kl_target - begun), 0.1 * config.kl_target)  # moves over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
-        excess = (broken_by_hand(tokenizer, batch) - allowed) / max(allowed, 0.02)  # dual ascent
+        excess = (broken_by_hand(batch) - allowed) / max(allowed, 0.02)  # dual ascent
         cost = min(max(cost * (1 + 0.2 * min(max(excess, -1.0), 1.0)), config.broken_penalty), 8 * config.broken_penalty)
         assert update or cost > config.broken_penalty, "else it is not seen to move"
     for returns, rows in zip(told[1:], taught, strict=True):  # the first is of the reference's replies
@@ -298,13 +308,15 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
         old = torch.where(batch.mask, new + 0.3 * torch.randn(new.shape, generator=draw), 0.0)
         old_values = torch.where(batch.mask, value(batch, torch.arange(20)) + 0.3 * torch.randn(new.shape, generator=draw), 0.0)
     advantages, returns = torch.randn(new.shape, generator=draw), torch.randn(new.shape, generator=draw)
+    costs = Endings(5 * torch.rand(new.shape, generator=draw), model.eos_ids)
     trained = {**model.lora.parameters("p"), **{f"value {n}": p for n, p in model.lora.parameters(VALUE).items()}, **dict(value.head.named_parameters())}
 
     terms: list[Tensor] = []
-    clipped = Counter[str]()
+    clipped, paid = Counter[str](), list[float]()
     for i, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
         row = torch.tensor([[*prompt, *completion]])
         logprobs = model.logprobs(row, adapter="p", temperature=0.7)[0, len(prompt) - 1 :]
+        wide = model.logits(model(row, adapter="p")[0, len(prompt) - 1 : -1]) / 0.7
         states, start = model(row, adapter=VALUE)[0], len(prompt)
         own = [states[start : start + t].sum(0, keepdim=True) for t in range(len(completion))]
         ends = [model.sentence_ends[completion[:t]].sum()[None] for t in range(len(completion))]
@@ -318,7 +330,9 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
             if not -0.2 <= (v - before).item() <= 0.2:  # the greater error
                 squared = max(squared, (before + (0.2 if v.item() > before.item() else -0.2) - target) ** 2)
             clipped.update({"policy": not gain.requires_grad, "value": not squared.requires_grad})
-            terms += [-gain + 0.5 * squared]
+            ending = wide[t].softmax(0)[list(costs.ids)].sum()
+            terms += [-gain + 0.5 * squared + ending * costs.costs[i, t]]
+            paid.append(float(ending.detach() * costs.costs[i, t]))
     expected = torch.autograd.grad(torch.stack(terms).sum() / len(terms), list(trained.values()), allow_unused=True)
     assert all(0.02 < clipped[what] / len(terms) < 0.98 for what in ("policy", "value"))
 
@@ -326,10 +340,11 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
     config = replace(CONFIG, clip=0.2, value_clip=0.2, max_grad_norm=1e9, chunk_tokens=60)
     optimizer = torch.optim.SGD([*trained.values()], lr=1.0)
     policy = list(model.lora.parameters("p").values())
-    figures = learn(model, "p", value, None, batch, old, advantages, old_values, returns, optimizer, policy, config, random.Random(0))
+    figures = learn(model, "p", value, None, batch, old, advantages, costs, old_values, returns, optimizer, policy, config, random.Random(0))
     for (name, p), gradient in zip(trained.items(), expected, strict=True):
         torch.testing.assert_close(before[name] - p.detach(), torch.zeros_like(p) if gradient is None else gradient, rtol=1e-3, atol=1e-4)
-    assert figures["policy_loss"] + figures["value_loss"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    assert figures["end_cost"] == pytest.approx(sum(paid) / len(paid), rel=1e-4) and figures["end_cost"] > 0.01
+    assert figures["policy_loss"] + figures["end_cost"] + figures["value_loss"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
     assert figures["clipfrac"] == pytest.approx(clipped["policy"] / len(terms)) and figures["value_clipfrac"] == pytest.approx(clipped["value"] / len(terms))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,15 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
 from learner.config import ConfigError, PPOConfig, RewardConfig
-from learner.faults import FaultPrice, broken_share, fault_advantages, fault_rewards, fault_tokens
+from learner.faults import (
+    Endings,
+    FaultPrice,
+    broken_share,
+    but_endings,
+    fault_advantages,
+    fault_rewards,
+    fault_tokens,
+)
 from learner.kl_control import KLController, kl_price, kl_warranted
 from learner.ppo import Mixed, PPOError, PPOResult, learn, prompt_batches, train_ppo
 from learner.reward import RewardDiverged, RewardModel
@@ -296,6 +305,11 @@ def test_a_run_is_paid_for_beating_a_good_reply_of_the_version_it_begins_at(
     assert torch.allclose(second.good, raw.mean(0) + raw.std(0))
 
 
+def free(batch: Trajectories) -> Endings:
+    """Ending costs nothing anywhere."""
+    return Endings(torch.zeros(batch.mask.shape), (1,))
+
+
 def spoken(model: CausalModel, tokenizer: ChatTokenizer, texts: Sequence[str], reasons: Sequence[str]) -> Trajectories:
     ids = [[*tokenizer.encode(text), tokenizer.eos_ids[0]] for text in texts]
     return collect(
@@ -314,6 +328,44 @@ def test_a_fault_costs_at_the_tokens_in_which_it_came_about(model: CausalModel, 
     assert spans[1] == (2, len(batch.completions[2]) - 1, len(batch.completions[2]) - 1)  # the end token came too soon
     rewards = fault_rewards(spans, batch.mask, 2.5)
     assert rewards.sum(1).tolist() == [-2.5, 0.0, -2.5, -2.5] and rewards[0, spans[0][2]] == -2.5
+
+
+def test_ending_costs_wherever_it_would_leave_a_reply_unfinished(model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    texts = ["Bees fly. They eat", "Bees can can fly.", "Bees (all of"]
+    batch = spoken(model, tokenizer, texts, ["stop", "stop", "length"])
+    ends = Endings.of(batch, tokenizer, (7, 9), 2.5)
+    assert ends.ids == (7, 9)
+    for row, (text, tokens) in enumerate(zip(texts, batch.completions, strict=True)):
+        said = [tokenizer.decode(tokens[:k]) for k in range(len(tokens))]  # before each token, the end token among them
+        assert said[0] == "" and said[-1] == text and any(s.endswith("fly.") for s in said) == (row < 2)
+        assert ends.costs[row].tolist() == [0.0 if s.strip().endswith("fly.") else 2.5 for s in said] + [0.0] * (batch.mask.shape[1] - len(tokens))
+    assert [row for row, *_ in fault_tokens(batch, tokenizer)] == [0, 1]
+    assert [row for row, *_ in but_endings(fault_tokens(batch, tokenizer), batch)] == [1]  # the other is an end alone, which `ends` charges for
+
+
+def test_where_ending_would_break_replies_the_policy_learns_not_to_though_it_is_paid_to(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]
+) -> None:
+    """Short replies are liked best; a tiny model's are next to never whole sentences, so ending is a fault almost anywhere."""
+
+    def replies() -> Trajectories:
+        return rollout.sample(Engine(model, tokenizer, max_sequences=16), prompts, version="base", group=4, max_tokens=12, temperature=1.0, seed=0)
+
+    said = Counter(t for c in replies().completions for t in c if t > 4)
+    model.eos_ids = (1, *(t for t, _ in said.most_common(2)))  # or it would end too seldom to learn anything
+    batch, likely = replies(), {}
+
+    def ending(adapter: str | None) -> float:
+        with torch.no_grad():
+            _, found = rollout.reply_logprobs_and_ends(model, batch, torch.arange(len(batch)), adapter, 1.0, model.eos_ids)
+        return float(found[batch.mask].mean())
+
+    for penalty in (0.0, 8.0):
+        config = replace(SMALL, estimator="rloo", broken_penalty=penalty, updates=12)
+        train_ppo(model, tokenizer, reward_for(model, lambda c: -len(c)), prompts=prompts, policy="p", config=config, seed=1)
+        likely[penalty] = ending("p")
+        model.lora.delete("p")
+    assert likely[8.0] < ending(None) < 0.9 * likely[0.0], likely
 
 
 def test_a_reply_that_was_cut_is_not_broken_by_its_end_alone(model: CausalModel, tokenizer: ChatTokenizer) -> None:
@@ -440,7 +492,7 @@ def test_an_exploding_ratio_drops_the_run_before_it_moves_the_policy(model: Caus
     trained = list(model.lora.parameters("p").values())
     before = state(model, "p")
     with pytest.raises(PPOError, match="20 times as likely within one batch: the run is dropped; lower ppo"):
-        learn(model, "p", None, None, batch, old, torch.ones(batch.mask.shape), None, None, torch.optim.SGD(trained, lr=1.0), trained, SMALL, random.Random(0))
+        learn(model, "p", None, None, batch, old, torch.ones(batch.mask.shape), free(batch), None, None, torch.optim.SGD(trained, lr=1.0), trained, SMALL, random.Random(0))
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, "p"), strict=True))
 
 
@@ -456,7 +508,7 @@ def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalMode
         trained = list(model.lora.parameters("p").values())
         before = state(model, "p")
         optimizer = torch.optim.SGD(trained, lr=1.0)
-        learn(model, "p", None, None, batch, old, advantages, None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
+        learn(model, "p", None, None, batch, old, advantages, free(batch), None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
         moves.append([b - a for a, b in zip(before, state(model, "p"), strict=True)])
     assert max(float(m.abs().max()) for m in moves[0]) > 1e-4
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(*moves, strict=True))
