@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -43,6 +44,7 @@ from store.adapters import AdapterRegistry
 from store.records import Comparison, Completion, Vote, VotedComparison
 from store.rounds import RoundFiles
 
+NEAR, FAR = "DPO, within 6 nats", "DPO, at any distance"
 JUDGEMENT = ("win_rate", "best_of_8", "share", "kl", "broken", "base_broken", "probe_accuracy", "base_probe_accuracy", "probe_loss_rise")
 TARGETS = {"share_at_60": 0.9, "share_at_150": 1.0, "worst_at_150": 0.85, "kl": 6.0, "broken_rise": 0.01, "probe_fall": 0.02, "round_s": 120.0}
 
@@ -198,14 +200,21 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
-    """One taste's {"Plaudit" or "DPO": [(votes, share, KL)]}, medians over its seeds; DPO's at the better rate of each round."""
-    better = [max(row["dpo"], key=lambda one: one["share"]) | {"votes": row["votes"]} for row in rows]
+    """One taste's {who: [(votes, share, KL)]}, medians over its seeds, from the base at 0 votes on.
+
+    Of DPO's learning rates the best by the judge itself in each round: of those within the target's nats (the base where none is), and of all.
+    """
+
+    def best(row: dict[str, Any], nats: float) -> dict[str, Any]:
+        return max([{"share": 0.5 / row["best_of_8"], "kl": 0.0}, *(one for one in row["dpo"] if one["kl"] <= nats)], key=lambda one: one["share"]) | {"votes": row["votes"]}
+
+    beside = [row for row in rows if "dpo" in row]
     return {
-        who: [
+        who: [(0, statistics.median(0.5 / row["best_of_8"] for row in rows), 0.0)] + [
             (votes, *(statistics.median(row[name] for row in own if row["votes"] == votes) for name in ("share", "kl")))
             for votes in sorted({row["votes"] for row in own})
         ]
-        for who, own in (("Plaudit", rows), ("DPO", better))
+        for who, own in (("Plaudit", rows), (NEAR, [best(row, TARGETS["kl"]) for row in beside]), (FAR, [best(row, math.inf) for row in beside]))
     }  # fmt: skip
 
 
@@ -219,13 +228,14 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     for number, taste in enumerate(tastes, 1):
         panel = figure.add_subplot(-(-len(tastes) // across), across, number)
         panel.axhline(TARGETS["share_at_60"], color="0.8", linewidth=1)
-        for who, colour in (("Plaudit", "C0"), ("DPO", "C1")):
-            points = lines([row for row in rows if row["taste"] == taste])[who]
-            panel.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=who)
+        found = lines([row for row in rows if row["taste"] == taste])
+        for who, colour, style in (("Plaudit", "C0", "-"), (NEAR, "C1", "-"), (FAR, "C1", ":")):
+            points = found[who]
+            panel.plot([p[0] for p in points], [p[1] for p in points], color=colour, linestyle=style, label=who)
             panel.scatter([p[0] for p in points], [p[1] for p in points], edgecolors=colour, zorder=3,
                           c=[colour if p[2] <= TARGETS["kl"] else "white" for p in points])  # fmt: skip
         panel.set(title=taste, xlabel="votes", ylabel="share of best of 8")
-    figure.axes[0].legend(title=f"hollow: over {TARGETS['kl']:g} nats", fontsize="small", title_fontsize="small")
+    figure.axes[0].legend(title=f"hollow: over {TARGETS['kl']:g} nats", fontsize="x-small", title_fontsize="x-small")
     figure.savefig(file, dpi=120)
 
 

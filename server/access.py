@@ -22,7 +22,9 @@ def runtime_of(request: Request) -> Runtime:
 
 
 async def user(request: Request) -> Identity:
-    """Who is asking. Raises 401 without a good key, 403 for a foreign web page, 429 over quota."""
+    """Who is asking, told and counted once a request. Raises 401 without a good key, 403 for a foreign web page, 429 over quota."""
+    if (known := getattr(request.state, "who", None)) is not None:  # an upload is asked before its body is read
+        return known
     runtime: Runtime = request.app.state.runtime
     if len(runtime.keyring):
         identity = await _by_key(request, runtime)
@@ -36,6 +38,7 @@ async def user(request: Request) -> Identity:
             raise ApiError(400, f"Plaudit-Voter is longer than {MAX_VOTER} characters", param="Plaudit-Voter")
         identity = Identity(runtime.voter_hash(voter), "operator", "local")
     runtime.quota.spend("request", identity.voter)
+    request.state.who = identity
     return identity
 
 

@@ -624,6 +624,11 @@ def test_over_quota_is_a_429_that_says_when(tiny_llama: Path, tmp_path: Path) ->
 # --- load, deadlines, leaving
 
 
+def test_an_upload_is_one_request_though_who_sends_it_is_asked_before_its_body_is_read(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, rate_requests="3/hour")) as running, running.client() as c:
+        assert [c.post("/v1/adapters", json={}).status_code for _ in range(4)] == [400, 400, 400, 429]
+
+
 def test_a_full_queue_is_a_429_and_nothing_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
     with served(settings_for(tmp_path, tiny_llama, max_sequences=2, max_queue=2, max_tokens=400)) as running:
         answers: list[httpx.Response] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.votes import People, kept, lines, summary, votes_for
+from benchmarks.votes import FAR, NEAR, People, kept, lines, summary, votes_for
 from learner.tastes import taste_named
 from store.records import Comparison, Completion
 
@@ -53,12 +53,14 @@ def test_the_summary_takes_medians_and_the_worst() -> None:
     assert found["votes_for_0.9"]["list"] == [None, pytest.approx(60)]
 
 
-def test_the_chart_takes_medians_over_seeds_and_the_better_rate_of_dpo() -> None:
+def test_the_chart_takes_medians_over_seeds_and_the_best_rate_of_dpo_near_and_far() -> None:
     def both(votes: int, share: float, low: float, high: float, seed: int) -> dict:
         return row(votes, share, seed=seed) | {"dpo": [{"share": low, "kl": 1.0}, {"share": high, "kl": 40.0}]}
 
-    found = lines([both(60, 0.9, 0.5, 0.6, 0), both(30, 0.7, 0.4, 0.2, 0), both(60, 0.7, 0.8, 0.6, 1), both(30, 0.8, 0.4, 0.5, 1)])
-    assert found == {"Plaudit": [(30, 0.75, 2.0), (60, 0.8, 2.0)], "DPO": [(30, 0.45, 20.5), (60, 0.7, 20.5)]}
+    found = lines([both(60, 0.9, 0.6, 0.7, 0), both(30, 0.7, 0.4, 0.2, 0), both(60, 0.7, 0.8, 0.6, 1), both(30, 0.8, 0.4, 0.6, 1), row(60, 0.9, seed=2)])
+    assert found["Plaudit"] == [(0, 0.5, 0.0), (30, 0.75, 2.0), (60, 0.9, 2.0)]
+    assert found[NEAR] == [(0, 0.5, 0.0), (30, 0.5, 0.0), (60, pytest.approx(0.7), 1.0)]  # at 30 neither rate beats the base, within 6 nats
+    assert found[FAR] == [(0, 0.5, 0.0), (30, pytest.approx(0.55), 20.0), (60, 0.75, 20.5)]
 
 
 def test_a_course_is_taken_from_its_file_only_when_it_is_whole_there(tmp_path: Path) -> None:
