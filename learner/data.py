@@ -24,6 +24,7 @@ class Renderer(Protocol):
     def end_id(self) -> int: ...
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]: ...
     def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RankedExample:
     groups: tuple[tuple[int, ...], ...]
     voter: str
     prompt_key: str  # equal for equal conversations
-    conversation: str  # a conversation's later turns repeat its earlier ones: never on both sides of a split
+    conversation: str  # a conversation's later turns repeat its earlier ones: on one side of a split, where there are enough (`prompt_groups`)
     vote_id: str
     comparison_id: str
     seq: int = 0
@@ -78,7 +79,7 @@ class RankedExample:
 
 @dataclass(frozen=True)
 class Fold:
-    """Indices of one train / test split. No prompt, conversation (or voter, see `Split.by`) is on both sides."""
+    """Indices of one train / test split. No prompt is on both sides, and no conversation or voter where `Split` says so."""
 
     train: tuple[int, ...]
     test: tuple[int, ...]
@@ -174,8 +175,13 @@ def by_index(completions: Sequence[Any]) -> list[Any]:
 
 
 def completion_ids(completion: Any, tokenizer: Renderer) -> tuple[int, ...]:
-    """Token ids as sampled; for an imported reply, which has none, its text and the end token."""
-    return tuple(completion.token_ids) or encoded(completion.text, tokenizer)
+    """Token ids as sampled, where they are what this tokenizer makes the text of; else its text and the end token.
+
+    So it is with an imported reply, which has none, with one that ended at a stop string, and with replies of another base model: a data
+    directory keeps its votes when its model changes, and the same numbers are other words then.
+    """
+    ids = tuple(completion.token_ids)
+    return ids if ids and tokenizer.decode(list(ids)) == completion.text else encoded(completion.text, tokenizer)
 
 
 def encoded(text: str, tokenizer: Renderer) -> tuple[int, ...]:

@@ -77,6 +77,8 @@ def learn(learner: Learner, record: dict[str, Any], voted: Sequence[Any], direct
     held = set(prompts.held_out)
     training = [d.example for d in found if d.prompt_ids not in held]
     held_out = [d.example for d in found if d.prompt_ids in held]
+    if found and not training:
+        raise RoundStopped("not_ready", "all replies that people wrote so far are in conversations kept for judging: the next ones will tell")
 
     # 2. Where it starts, and the reference it replaces.
     start = learner.load_version(record["parent"], START)

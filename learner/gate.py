@@ -212,7 +212,8 @@ def judge(
     won = win_rate(candidate, live, deviations)
     mean_kl = float(kl.mean())
     ratio = candidate.length / live.length
-    distinct = distinct_n(candidate.texts, 2) / max(distinct_n(reference.texts, 2), 1e-9)
+    theirs = distinct_n(reference.texts, 2)
+    distinct = distinct_n(candidate.texts, 2) / theirs if theirs else 1.0  # where the reference says single words, there is nothing to lose
     rises = {
         "broken": candidate.broken - reference.broken,
         "refusals": refusal_rate(candidate.texts) - refusal_rate(live.texts),

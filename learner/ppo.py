@@ -50,7 +50,7 @@ from learner.value import VALUE, FittedValue, TrainedValue
 
 UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
 RATIO_LIMIT = 10.0  # mean probability ratio of a minibatch over which the run is dropped, as in TRL (`ratio_threshold`)
-LEAST_UNIT = 0.1  # deviation of a batch's advantages by which the cost of ending too soon is divided: one that says nothing must not make it dear
+LEAST_UNIT = 0.1  # deviation of a batch's rewards or advantages by which the cost of ending too soon is divided, at least: one that says nothing must not make it dear
 FINAL = 2  # replies to each of them, by which the best of a run's last few states is told
 
 
@@ -142,7 +142,7 @@ def train_ppo(
     room = max(map(len, fitting)) + config.max_new_tokens
     size = config.prompts_per_update * config.replies_per_prompt
     engine = Engine(model, tokenizer, max_sequences=size, max_context=room)
-    draw, end_ids = prompt_batches(fitting, config.prompts_per_update, seed), tuple(sorted({*tokenizer.eos_ids, *model.eos_ids}))
+    draw, end_ids = prompt_batches(fitting, config.prompts_per_update, seed), tuple(sorted(i for i in {*tokenizer.eos_ids, *model.eos_ids} if 0 <= i < model.vocab_size))  # as with the pad token, some configs name rows that are not there
 
     def sample(version: str, asked: Sequence[Sequence[int]], number: int, group: int = config.replies_per_prompt) -> Trajectories:
         try:
@@ -289,9 +289,11 @@ def train_ppo(
 
             # 6. Rewards a token, then advantages.
             returns = old_values = None
+            unit_of = 1.0  # what a score's unit is divided by on its way to an advantage: so is the cost of ending too soon
             if value is not None:
                 rewards = token_rewards(scores, kl, batch.mask, beta) + broken
                 if config.whiten_rewards:
+                    unit_of = float(masked_var(rewards, batch.mask).sqrt().clamp(min=LEAST_UNIT))
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
                 with torch.no_grad():
                     (old_values,) = over(model, batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
@@ -310,9 +312,8 @@ def train_ppo(
                     each = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()
                     better = each[:, None] + fault_advantages(sampled, batch.mask, fault_price.price, config.fault_decay)
                 advantages = torch.where(batch.mask, better - beta * kl, 0.0)
-            unit_of = 1.0
             if config.whiten_advantages:
-                unit_of = float(masked_var(advantages, batch.mask).sqrt().clamp(min=LEAST_UNIT))
+                unit_of *= float(masked_var(advantages, batch.mask).sqrt().clamp(min=LEAST_UNIT))
                 advantages = whiten(advantages, batch.mask)
             ends = Endings.of(batch, tokenizer, end_ids, fault_price.price / unit_of)
 

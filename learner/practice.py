@@ -32,18 +32,21 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
 
     A handful of prompts is too few to practise on without learning them by heart, and far too few to tell two
     versions apart by; the bundled ones are plain things to say to an assistant. Which side a prompt is on does not depend on the round: it goes
-    by the conversation that asked it first, or by the pool where that has it (`held_out_side`). So a version is not judged on what those it
-    comes from practised, and of a conversation only what an earlier one said word for word can be on the other side.
+    by the conversations that asked it, of which one on the practice side is enough, or by the pool where that has it (`held_out_side`). So a
+    version is not judged on what those it comes from practised (but for a prompt whose every practising conversation was withdrawn since),
+    and of a conversation only what another one said word for word can be on the other side.
     """
     rng = random.Random(f"prompts/{seed}")
     half = config.gate.prompts / (config.gate.prompts + config.practice_prompts)
     pool = rendered(((said, first_turn(said)) for said in conversations_from(Path(config.pool) if config.pool else POOL)), tokenizer, config.prompt_tokens)
-    oldest = [item.comparison for item in sorted(voted, key=lambda item: item.comparison.created)]
-    own = rendered((([{"role": m["role"], "content": m["content"]} for m in c.messages], str(c.conversation_id)) for c in oldest), tokenizer, config.prompt_tokens)
+    asked = [([{"role": m["role"], "content": m["content"]} for m in c.messages], str(c.conversation_id)) for c in (item.comparison for item in voted)]
+    own, conversations = rendered(asked, tokenizer, config.prompt_tokens), dict[str, set[str]]()
+    for messages, conversation in asked:
+        conversations.setdefault(prompt_key(messages), set()).add(conversation)
     practice, held_out = list[tuple[int, ...]](), list[tuple[int, ...]]()
     for key in shuffled(own, rng):
-        belongs, share = (pool[key][0], half) if key in pool else (own[key][0], config.held_out_prompts)
-        (held_out if held_out_side(belongs, share, config.seed) else practice).append(own[key][1])
+        owners, share = ({pool[key][0]}, half) if key in pool else (conversations[key], config.held_out_prompts)
+        (held_out if all(held_out_side(owner, share, config.seed) for owner in owners) else practice).append(own[key][1])
     wanted = max(config.practice_prompts, 2 * len(practice) if config.pool else 0)
     for key in shuffled(pool.keys() - own.keys(), rng):
         belongs, ids = pool[key]

@@ -4,7 +4,7 @@ Members (`learner/reward.py`) learn from votes by Bradley-Terry over all strict 
 (Ouyang et al. 2022, Eq. 1), ties by half a win each way or Davidson (1970), "none is good" by an outside option (Luce
 1959), each vote weighted by its voter's reliability (`learner/reliability.py`); they differ in their initial weights, order of data and in
 Bayesian-bootstrap weights of the votes (Rubin 1981). Before any of it is believed, `cross_validate` scores every vote with members that
-saw neither its prompt nor its voter.
+did not see its prompt, nor its voter where voters can be kept apart (`learner/data.py`).
 
 Does not judge the figures (`learner/metrics.py`) or split the votes (`learner/data.py`).
 """

@@ -96,7 +96,8 @@ class Learner:
 
         learn: what the round is made of; `Learner.learn` unless given (instruction finetuning: `demonstrations.learn`).
         States: published (a version that passed its gate), rejected (a version that did not), not_ready (the reward
-        model is not good enough yet), failed. Only what is not an Exception gets out, such as the worker's Stopped.
+        model is not good enough yet), failed. Only what is not an Exception gets out, such as the worker's Stopped, and a StoreError or
+        OSError where the record cannot be written: then the round is an abandoned one, and its votes are the next one's.
         """
         record: dict[str, Any] = {
             "round": n, "kind": "ppo", "state": "failed", "reason": None, "started": time.time(), "ended": None, "votes": len(voted),
@@ -123,8 +124,7 @@ class Learner:
         except FAILURES as error:
             record["reason"] = first_line(error)
         except Exception as error:  # a learner failure is a record, and never an endless restart
-            traceback.print_exc()
-            record["reason"] = f"{type(error).__name__}: {first_line(error)}"
+            record["reason"] = unforeseen(error)
         finally:
             self.clear()
         record["ended"] = time.time()
@@ -172,11 +172,13 @@ class Learner:
                     if name != "update" and isinstance(value, int | float):
                         curves.add_scalar(f"ppo/{name}", value, int(row["update"]))
 
+            judged_on = set(prompts.held_out)
             ppo = replace(config.ppo, kl_target=kl_warranted(config.ppo, len(examples)))
             result = train_ppo(
                 self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=ppo, start=start,
                 reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
-                schedule=record.get("schedule", ()), demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats],
+                schedule=record.get("schedule", ()),
+                demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats and e.prompt_ids not in judged_on],
             )  # fmt: skip
             lap.mark("ppo_s")
             record["ppo"] = {
@@ -354,11 +356,18 @@ def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple
     return closed
 
 
+def unforeseen(error: Exception) -> str:
+    """What may be said of an error that nobody expected: its type and place. Its message may be people's words, so the log has the frames alone."""
+    traceback.print_tb(error.__traceback__)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    return type(error).__name__ + "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in where) + "; the learner's log has more"
+
+
 def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     """Run round `n` again from its recorded votes, seed, settings and start; publish nothing; compare.
 
-    Same means: the same data digest, and the same adapter bit for bit where the round published one. Wall-clock limits
-    are replaced by what they came to then. Raises FileNotFoundError, RoundStopped when votes are gone.
+    Same means: the same data digest, and the same adapter bit for bit where the round published one. That is so on a CPU; on a GPU sums are
+    added up in whatever order its threads come. Wall-clock limits are replaced by what they came to then. Raises FileNotFoundError, RoundStopped when votes are gone.
     """
     from learner import demonstrations  # which needs this module first
     from store.store import Store

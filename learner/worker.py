@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,8 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plaudit learn: {first_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:
-        traceback.print_exc()  # to the log; frames name code and lines, not what people wrote
-        print(f"plaudit learn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        from learner.round import unforeseen
+
+        print(f"plaudit learn: {unforeseen(error)}", file=sys.stderr)
         return 1
 
 

@@ -199,6 +199,11 @@ def ends_by_hand(cost: float, tokenizer: ChatTokenizer, batch: Trajectories) -> 
     return [[cost if unfinished(tokenizer.decode(c[:k])) else 0.0 for k in range(len(c))] for c in batch.completions]
 
 
+def deviation(rows: list[list[float]]) -> float:
+    """Over all tokens of the batch together (unbiased)."""
+    return float(np.std([x for row in rows for x in row], ddof=1))
+
+
 def white(rows: list[list[float]], keep_mean: bool = False) -> list[list[float]]:
     """Over all tokens of the batch together: variance 1 (unbiased), and mean 0 unless it is kept."""
     every = [x for row in rows for x in row]
@@ -256,6 +261,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         assert result.history[update]["kl_price"] == pytest.approx(price, rel=2e-2) and result.history[update]["fault_price"] == pytest.approx(cost)
         scores = scores_by_hand(config, unit, started, batch)
         costs, local = faults_by_hand(cost, config.fault_decay, tokenizer, batch)
+        ending = cost  # in the units of the advantages, whichever way those came by them
         assert any(any(row) for row in costs), "else faults are not tested"
         assert result.history[update]["reward"] == pytest.approx(float(np.mean([a + sum(b) for a, b in zip(scores, costs, strict=True)])), abs=1e-4)
         if estimator == "rloo":
@@ -274,13 +280,13 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
             rewards = [[c - price * k for k, c in zip(*rows, strict=True)] for rows in zip(kl, costs, strict=True)]
             for row, score in zip(rewards, scores, strict=True):
                 row[-1] += score  # the last token of the reply itself, whatever the longest reply's length is
+            ending /= deviation(rewards) if whitened else 1.0
             rewards = white(rewards, keep_mean=True) if whitened else rewards
             values = [row[: len(c)].tolist() for row, c in zip(given["old_values"], batch.completions, strict=True)]
             advantages = [gae_by_hand(r, v, config.gamma, config.lam) for r, v in zip(rewards, values, strict=True)]
             close(given["returns"], [[a + v for a, v in zip(*rows, strict=True)] for rows in zip(advantages, values, strict=True)])
         close(given["advantages"], white(advantages) if whitened else advantages)
-        every_token = [x for row in advantages for x in row]
-        ends = ends_by_hand(cost / (float(np.std(every_token, ddof=1)) if whitened else 1.0), tokenizer, batch)
+        ends = ends_by_hand(ending / (deviation(advantages) if whitened else 1.0), tokenizer, batch)
         assert given["ends"].ids == tuple(sorted(model.eos_ids)) and any(x == 0 for row in ends for x in row) and any(x > 0 for row in ends for x in row)
         close(given["ends"].costs, ends)
         done = max(update / config.updates, practised / config.tokens)

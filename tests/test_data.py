@@ -25,6 +25,9 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(ch) for ch in text]
 
+    def decode(self, ids: list[int]) -> str:
+        return {(7, 8, 0): "a", (9, 0): "c"}.get(tuple(ids)) or "".join(map(chr, ids))
+
 
 def vote(
     seq: int, groups: list, kind: str = "favourite", role: str = "user", voter: str = "ann", text: str = "hi",
@@ -51,6 +54,19 @@ def test_examples_keep_sampled_ids_and_encode_imported_text_with_an_end() -> Non
     assert got.prompt_ids == (ord("u"), ord("h"), ord("i"))
     assert got.completions_ids == ((7, 8, 0), (ord("b"), 0))  # in the order of the index, not of the list
     assert got.strict == [(0, 1)] and got.tied == []
+
+
+def test_a_reply_of_another_model_or_cut_at_a_stop_string_is_read_by_its_words() -> None:
+    """A data directory keeps its votes when its base model changes: the same ids are other words then."""
+    cast = vote(1, [[0], [1, 2]])
+    before = examples_from_votes([cast], Letters())[0]
+    other = Letters()
+    other.decode = lambda ids: "?"  # type: ignore[method-assign]
+    (got,) = examples_from_votes([cast], other)
+    assert before.completions_ids == ((7, 8, 0), (98, 0), (9, 0)) and got.completions_ids == ((97, 0), (98, 0), (99, 0))
+    cast.comparison.completions[1].text = "A"  # what was shown ends before what was sampled
+    assert examples_from_votes([cast], Letters())[0].completions_ids[0] == (65, 0)
+
 
 
 def test_replies_shown_for_what_they_teach_are_marked() -> None:

@@ -16,6 +16,7 @@ from engine.tokenizer import ChatTokenizer
 from learner import round as round_module
 from learner.config import LearnerConfig, SFTRoundConfig
 from learner.demonstrations import demonstrated, demonstrations, learn
+from learner.practice import held_out_side
 from learner.round import Learner, close_unfinished, replay_round
 from learner.versions import shrink
 from learner.worker import finetuning_due, progress_so_far
@@ -70,6 +71,19 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory, model: CausalModel, toke
         edit_on(store, 12)
         record = finetuning_round(learner_on(data_dir, model, tokenizer), store.voted_comparisons(), seen=seen)
     return data_dir, record, seen
+
+
+def test_edits_that_are_all_in_a_conversation_kept_for_judging_wait_for_others(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    held = next(name for name in (f"chat-{n}" for n in range(100)) if held_out_side(name, CONFIG.held_out_prompts, CONFIG.seed))
+    with Store.open(tmp_path) as store:
+        for n in range(8):
+            store.record_comparison(NewComparison(
+                id=f"edit-{n}", conversation_id=held, voter="ann", messages=({"role": "user", "content": f"Edit number {n}?"},), settings={},
+                completions=(Completion(0, "No.", (), (), "base", "stop", n), Completion(1, "Yes.", (), (), "base", "stop", n)),
+            ))  # fmt: skip
+            store.record_vote(f"edit-{n}", "ann", groups=[], kind="none", edit=f"People like bees number {n}.")
+        record = finetuning_round(learner_on(tmp_path, model, tokenizer), store.voted_comparisons())
+    assert record["state"] == "not_ready" and "kept for judging" in record["reason"] and "template" not in record["reason"]
 
 
 def test_only_the_persons_reply_carries_loss(finetuned: tuple, tokenizer: ChatTokenizer) -> None:

@@ -91,6 +91,8 @@ def test_a_looping_candidate_is_rejected() -> None:
 
 def test_a_collapsed_candidate_that_says_the_same_to_all_is_rejected() -> None:
     assert judge(replies(["The moon glows near one tree."] * 48, score=9.0), LIVE, LIVE, KL, CONFIG).failed == ["distinct2"]
+    words = replies(["Yes.", "No."] * 24)
+    assert "distinct2" not in judge(words, words, words, KL, CONFIG).failed  # single words have no pairs to lose
 
 
 def test_one_that_refuses_all_is_rejected() -> None:

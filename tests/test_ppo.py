@@ -368,6 +368,15 @@ def test_where_ending_would_break_replies_the_policy_learns_not_to_though_it_is_
     assert likely[8.0] < ending(None) < 0.9 * likely[0.0], likely
 
 
+def test_end_tokens_that_the_vocabulary_has_no_row_for_are_none(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    of = Endings.of
+    monkeypatch.setattr(Endings, "of", lambda batch, tokenizer, ids, price: (given.append(ids), of(batch, tokenizer, ids, price))[1])
+    model.eos_ids = (1, -1, model.vocab_size)
+    train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=replace(SMALL, updates=1), seed=1)
+    assert given == [(1,)]
+
+
 def test_a_reply_that_was_cut_is_not_broken_by_its_end_alone(model: CausalModel, tokenizer: ChatTokenizer) -> None:
     texts = ["Bees fly. They are", "Bees can can fly. They are", "Bees fly (and"]
     assert [row for row, *_ in fault_tokens(spoken(model, tokenizer, texts, ["length"] * 3), tokenizer)] == [1]

@@ -22,7 +22,7 @@ from learner import round as round_module
 from learner.config import GateConfig, LearnerConfig, PPOConfig, RewardConfig
 from learner.data import examples_from_votes
 from learner.ppo import PPOError
-from learner.practice import choose_prompts
+from learner.practice import choose_prompts, held_out_side
 from learner.prompts import PromptsError
 from learner.round import Learner, RoundStopped, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
@@ -359,7 +359,7 @@ def test_a_failing_part_ends_in_a_record_with_its_reason(
     assert RoundFiles(tmp_path / "rounds").read(1)["reason"] == record["reason"]
 
 
-def test_the_replies_people_wrote_are_what_ppo_ptx_mixes_in(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_replies_people_wrote_are_what_ppo_ptx_mixes_in_but_to_prompts_of_the_gate(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
     def look(*args: Any, **kwargs: Any) -> None:
@@ -369,10 +369,33 @@ def test_the_replies_people_wrote_are_what_ppo_ptx_mixes_in(tmp_path: Path, mode
     monkeypatch.setattr(round_module, "train_ppo", look)
     with Store.open(tmp_path) as store:
         vote_on(store, tokenizer, 24)
-        store.record_vote("cmp-3", "ann", groups=[[0], [1]], kind="favourite", edit="Written by a person.")
-        run(learner_on(tmp_path, model, tokenizer), store.voted_comparisons())
-    prompt = tuple(tokenizer.render([{"role": "user", "content": "Question number 3?"}]))
-    assert given["demonstrations"] == [(prompt, (*tokenizer.encode("Written by a person."), tokenizer.end_id))]
+        for n, item in enumerate(store.voted_comparisons()):
+            store.record_vote(item.comparison.id, "ann", groups=item.vote.groups, kind="favourite", edit=f"Written by a person, {n}.")
+        voted = store.voted_comparisons()
+        run(learner_on(tmp_path, model, tokenizer), voted)
+    held = set(choose_prompts(voted, tokenizer, QUICK, QUICK.seed + 1).held_out)
+    of = {tuple(tokenizer.render(list(item.comparison.messages))): item.vote.edit for item in voted}
+    assert held & of.keys() and not held >= of.keys()
+    wanted = {prompt: (*tokenizer.encode(edit), tokenizer.end_id) for prompt, edit in of.items() if prompt not in held}
+    assert dict(given["demonstrations"]) == wanted
+
+
+def test_an_error_that_nobody_expected_is_told_without_its_words(
+    tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such as sqlite3's "Could not decode to UTF-8 column 'content' with text '...'"."""
+    words = "x" + "yzzy"  # the log shows lines of code
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(round_module, "train_ppo", fail)
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer), store.voted_comparisons())
+    told = capfd.readouterr().err
+    assert record["state"] == "failed" and record["reason"].startswith("RuntimeError at test_round.py:") and "in fail" in told
+    assert words not in told + json.dumps(record)
 
 
 def test_a_corrupt_live_version_fails_the_round_by_name(tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer) -> None:
@@ -446,6 +469,26 @@ def test_what_one_round_practised_no_later_one_is_judged_on(published: tuple, to
     practised = {ids for prompts in rounds for ids in prompts.practice}
     assert not practised & {ids for prompts in rounds for ids in prompts.held_out}
     assert choose_prompts(voted, tokenizer, replace(QUICK, seed=1), 0) != choose_prompts(voted, tokenizer, QUICK, 0)
+
+
+def test_a_prompt_that_was_practised_once_is_not_judged_on_when_an_older_conversation_gets_its_vote(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    """Many conversations begin with the same words, and votes come in any order."""
+    held = [held_out_side(f"conv-{n}", QUICK.held_out_prompts, QUICK.seed) for n in range(40)]
+    older, newer = held.index(True), held.index(False)
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 12)
+        for n in (older, newer):
+            store.record_comparison(NewComparison(
+                id=f"same-{n}", conversation_id=f"conv-{n}", voter="ann", messages=({"role": "user", "content": "Good morning to you"},), settings={"temperature": 1.0},
+                completions=(Completion(0, "So.", (), (), "base", "stop", 0), Completion(1, "No.", (), (), "base", "stop", 0)),
+            ))  # fmt: skip
+        ids, sides = tuple(tokenizer.render([{"role": "user", "content": "Good morning to you"}])), []
+        for n in (newer, older):
+            store.record_vote(f"same-{n}", "ann", groups=[[0], [1]], kind="favourite")
+            sides.append(choose_prompts(store.voted_comparisons(), tokenizer, QUICK, 0))
+        assert all(ids in side.practice and ids not in side.held_out for side in sides)
+        store.withdraw_vote(f"same-{newer}", "ann")
+        assert ids in choose_prompts(store.voted_comparisons(), tokenizer, QUICK, 0).held_out  # asked by the other alone
 
 
 def test_the_turns_of_a_conversation_are_on_one_side(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
