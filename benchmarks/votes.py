@@ -225,8 +225,9 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     tastes = list(dict.fromkeys(row["taste"] for row in rows))
     across = min(4, len(tastes))
     figure = Figure(figsize=(3.2 * across, 2.8 * -(-len(tastes) // across)), layout="constrained")
+    shared = None  # one scale for all, so that panels can be compared
     for number, taste in enumerate(tastes, 1):
-        panel = figure.add_subplot(-(-len(tastes) // across), across, number)
+        panel = shared = figure.add_subplot(-(-len(tastes) // across), across, number, sharey=shared)
         panel.axhline(TARGETS["share_at_60"], color="0.8", linewidth=1)
         found = lines([row for row in rows if row["taste"] == taste])
         for who, colour, style in (("Plaudit", "C0", "-"), (NEAR, "C1", "-"), (FAR, "C1", ":")):
@@ -235,7 +236,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
             panel.scatter([p[0] for p in points], [p[1] for p in points], edgecolors=colour, zorder=3,
                           c=[colour if p[2] <= TARGETS["kl"] else "white" for p in points])  # fmt: skip
         panel.set(title=taste, xlabel="votes", ylabel="share of best of 8")
-    figure.axes[0].legend(title=f"hollow: over {TARGETS['kl']:g} nats", fontsize="x-small", title_fontsize="x-small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), title=f"hollow: over {TARGETS['kl']:g} nats", loc="outside upper center", ncols=3)
     figure.savefig(file, dpi=120)
 
 
