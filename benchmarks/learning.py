@@ -3,7 +3,8 @@
 `python -m benchmarks.learning`. For each taste: a fresh server on the starter model with its learner on; simulated
 people vote (with noise) while one more client streams without a pause; then the taste itself judges, on held-out
 prompts, the live version against the base, beside what the taste's best of 8 base replies gets (ties count half, so a
-coarse taste caps below 1). Every streamed reply is checked token by token against a forward pass of the version it names.
+coarse taste caps below 1). No more of its replies may be broken than the base's: the 95% interval of the rise, by prompt, must
+hold 0 and end within a point. Every streamed reply is checked token by token against a forward pass of the version it names.
 Prints each round's figures; JSON last. Exit status 1 when a target is missed.
 """
 
@@ -41,7 +42,7 @@ from server.settings import STARTER
 from store.adapters import AdapterRegistry
 from store.store import Store
 
-TARGETS = {"share": 0.9, "kl": 8.0, "minutes": 12.0}
+TARGETS = {"share": 0.9, "kl": 8.0, "minutes": 12.0, "broken_rise": 0.01}
 SAME = 1e-2  # nats; batched and plain forward passes of one version differ by float rounding, versions by far more
 
 
@@ -154,7 +155,7 @@ def learn(taste: str, args: argparse.Namespace) -> dict[str, Any]:
         "minutes": round(seconds / 60, 2), "rounds": rounds, "streams": streamed,
     }  # fmt: skip
     result["met"] = (
-        result["share"] >= TARGETS["share"] and kl <= TARGETS["kl"] and ours <= theirs and seconds / 60 < TARGETS["minutes"]
+        result["share"] >= TARGETS["share"] and kl <= TARGETS["kl"] and no_more_broken(rise) and seconds / 60 < TARGETS["minutes"]
         and streamed["replies"] > 0 and not streamed["failed"] and not streamed["wrong"]
     )  # fmt: skip
     print(
@@ -172,6 +173,16 @@ def broken_rise(ours: Sequence[str], theirs: Sequence[str], prompts: int) -> tup
     rows = [[broken_rate((text, "stop") for text in texts[i : i + each]) for i in range(0, len(texts), each)] for texts in (ours, theirs)]
     low, high = ttest_1samp([a - b for a, b in zip(*rows, strict=True)], 0.0).confidence_interval()
     return round(float(low), 4), round(float(high), 4)
+
+
+def no_more_broken(rise: tuple[float, float]) -> bool:
+    """Whether no more replies are broken than the base's, as far as they can tell: the interval holds 0 (or lies below), and ends within the target.
+
+    Of two equal models one breaks more in half of all draws, so the bare figures would turn half of all perfect versions away; an interval
+    alone would let anything pass that was looked at too briefly.
+    """
+    low, high = rise
+    return low <= 0 and high <= TARGETS["broken_rise"]
 
 
 def settle(url: str, began: float) -> list[dict[str, Any]]:

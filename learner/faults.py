@@ -64,8 +64,9 @@ class Endings:
     """What it would cost to end the reply in the place of each of its tokens, whether or not that was drawn.
 
     The policy's probability of ending there is known, so what is expected to be paid is its product with `costs`: the policy gradient of this one
-    action summed instead of sampled (Allen et al. 2017, "Mean Actor Critic"). Replies that stop in the middle of a sentence are one in a
-    hundred, and most batches, having none, would say nothing against them while they say for shorter ones what people voted for.
+    action summed over all tokens instead of sampled (Allen et al. 2017, "Mean Actor Critic"). Replies that stop in the middle of a sentence are
+    one in a hundred, and most batches, having none, would say nothing against them while they say for shorter ones what people voted for. Where
+    one is drawn it is charged like any other fault too: its score alone, which is that of a short reply, would pull the other way.
     """
 
     costs: Tensor  # (B, R), in the units of the advantages
@@ -78,11 +79,6 @@ class Endings:
         for i, tokens in enumerate(batch.completions):
             costs[i, : len(tokens)] = torch.tensor([price * (unfinished(tokenizer.decode(tokens[:k])) is not None) for k in range(len(tokens))])
         return cls(costs.to(batch.mask.device), ids)
-
-
-def but_endings(spans: Sequence[tuple[int, int, int]], batch: Trajectories) -> list[tuple[int, int, int]]:
-    """The `fault_tokens` that `Endings` does not charge for: those that were there before the end token."""
-    return [span for span in spans if span[2] < len(batch.completions[span[0]]) - 1 or bool(batch.cut[span[0]])]
 
 
 def fault_rewards(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float) -> Tensor:

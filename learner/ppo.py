@@ -3,8 +3,8 @@
 R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL part token by token, the score on the last
 valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure the ensemble is that people prefer the reply to a
 good one of the version it begins at (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
-token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen. What
-only its end breaks costs by the probability of ending there, at every token (`faults.Endings`).
+token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen. Ending
+too soon costs by its probability as well, at every token (`faults.Endings`).
 
 One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
 are adapters on it. Rollouts come from the engine that serves people. Owns the update; does not own the formulas
@@ -34,7 +34,6 @@ from learner.faults import (
     Endings,
     FaultPrice,
     broken_share,
-    but_endings,
     fault_advantages,
     fault_rewards,
     fault_tokens,
@@ -242,8 +241,7 @@ def train_ppo(
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
             members, scores = scored(batch)
             spans = fault_tokens(batch, tokenizer)
-            sampled = but_endings(spans, batch)
-            broken = fault_rewards(sampled, batch.mask, fault_price.price)  # (B, R)
+            broken = fault_rewards(spans, batch.mask, fault_price.price)  # (B, R)
             row: dict[str, Any] = {
                 "update": update, "done": done, "score": float(members.mean()), "disagreement": float(deviation(members).mean()), "reward": float((scores + broken.sum(1)).mean()),
                 "kl": kl_reply, "kl_coef": controller.beta, "kl_price": beta, "fault_price": fault_price.price, "entropy": float(masked_mean(entropy, batch.mask)),
@@ -310,7 +308,7 @@ def train_ppo(
                     fitted.fit(seen, total, batch.mask)
                 else:
                     each = leave_one_out(scores, batch.group) if config.estimator == "rloo" else scores - scores.mean()
-                    better = each[:, None] + fault_advantages(sampled, batch.mask, fault_price.price, config.fault_decay)
+                    better = each[:, None] + fault_advantages(spans, batch.mask, fault_price.price, config.fault_decay)
                 advantages = torch.where(batch.mask, better - beta * kl, 0.0)
             if config.whiten_advantages:
                 unit_of *= float(masked_var(advantages, batch.mask).sqrt().clamp(min=LEAST_UNIT))

@@ -175,23 +175,23 @@ def scores_by_hand(config: PPOConfig, unit: Trajectories, begun: Trajectories, b
 def faults_by_hand(price: float, decay: float, tokenizer: ChatTokenizer, batch: Trajectories) -> tuple[list[list[float]], list[list[float]]]:
     """What faults cost, as rewards (at a fault's last token) and as advantages (on its tokens, and fading before them).
 
-    Those that the end alone makes are not among them: `ends_by_hand` has what they are expected to cost.
+    A cut reply's end is none.
     """
     rewards, advantages = [], []
-    for completion, text in zip(batch.completions, batch.texts, strict=True):
+    for completion, text, reason in zip(batch.completions, batch.texts, batch.finish_reasons, strict=True):
         last = len(completion) - 1
         said = [len(tokenizer.decode(list(completion[: k + 1]))) for k in range(len(completion))]
-        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text) if f.end <= len(text)]
+        spans = [(min([k for k in range(last) if said[k] > f.start] + [last]), min([k for k in range(last) if said[k] >= f.end] + [last])) for f in faults(text) if reason == "stop" or f.end <= len(text)]
         rewards.append([-price if any(t == b for _, b in spans) else 0.0 for t in range(last + 1)])
         share = [max([1.0 if a <= t <= b else decay ** (a - t) if t < a else 0.0 for a, b in spans] + [0.0]) for t in range(last + 1)]
         advantages.append([-price * x for x in share])
     return rewards, advantages
 
 
-def broken_by_hand(batch: Trajectories) -> float:
-    """Share of replies with a fault; a cut reply's end is none."""
-    replies = zip(batch.texts, batch.finish_reasons, strict=True)
-    return sum(any(reason == "stop" or f.end <= len(text) for f in faults(text)) for text, reason in replies) / len(batch)
+def broken_by_hand(tokenizer: ChatTokenizer, batch: Trajectories) -> float:
+    """Share of replies with a fault."""
+    costs, _ = faults_by_hand(1.0, 1.0, tokenizer, batch)
+    return sum(any(row) for row in costs) / len(batch)
 
 
 def ends_by_hand(cost: float, tokenizer: ChatTokenizer, batch: Trajectories) -> list[list[float]]:
@@ -244,7 +244,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     unit, _, started = watched.batches[:3]  # between them, whether it begins too far from the reference
     beta, practised = config.kl_coef / (2 * config.kl_target) ** 0.5, 0
     least, begun, cost = beta / 3, 0.0, config.broken_penalty
-    allowed = 0.7 * broken_by_hand(unit)
+    allowed = 0.7 * broken_by_hand(tokenizer, unit)
     assert started.prompts == unit.prompts and len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]
@@ -295,7 +295,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         target = max(begun + min(1, 4 * done) * (config.kl_target - begun), 0.1 * config.kl_target)  # moves over the first quarter of a run
         error = min(max(mean_kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta = max(least, beta * (1 + error * len(batch) / config.kl_horizon))  # theirs has no least
-        excess = (broken_by_hand(batch) - allowed) / max(allowed, 0.02)  # dual ascent
+        excess = (broken_by_hand(tokenizer, batch) - allowed) / max(allowed, 0.02)  # dual ascent
         cost = min(max(cost * (1 + 0.2 * min(max(excess, -1.0), 1.0)), config.broken_penalty), 8 * config.broken_penalty)
         assert update or cost > config.broken_penalty, "else it is not seen to move"
     for returns, rows in zip(told[1:], taught, strict=True):  # the first is of the reference's replies

@@ -24,7 +24,6 @@ from learner.faults import (
     Endings,
     FaultPrice,
     broken_share,
-    but_endings,
     fault_advantages,
     fault_rewards,
     fault_tokens,
@@ -340,7 +339,6 @@ def test_ending_costs_wherever_it_would_leave_a_reply_unfinished(model: CausalMo
         assert said[0] == "" and said[-1] == text and any(s.endswith("fly.") for s in said) == (row < 2)
         assert ends.costs[row].tolist() == [0.0 if s.strip().endswith("fly.") else 2.5 for s in said] + [0.0] * (batch.mask.shape[1] - len(tokens))
     assert [row for row, *_ in fault_tokens(batch, tokenizer)] == [0, 1]
-    assert [row for row, *_ in but_endings(fault_tokens(batch, tokenizer), batch)] == [1]  # the other is an end alone, which `ends` charges for
 
 
 def test_where_ending_would_break_replies_the_policy_learns_not_to_though_it_is_paid_to(
