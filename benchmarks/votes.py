@@ -44,9 +44,9 @@ from store.adapters import AdapterRegistry
 from store.records import Comparison, Completion, Vote, VotedComparison
 from store.rounds import RoundFiles
 
-NEAR, FAR = "DPO, within 6 nats", "DPO, at any distance"
 JUDGEMENT = ("win_rate", "best_of_8", "share", "kl", "broken", "base_broken", "probe_accuracy", "base_probe_accuracy", "probe_loss_rise")
 TARGETS = {"share_at_60": 0.9, "share_at_150": 1.0, "worst_at_150": 0.85, "kl": 6.0, "broken_rise": 0.01, "probe_fall": 0.02, "round_s": 120.0}
+NEAR, FAR = f"DPO, within {TARGETS['kl']:g} nats", "DPO, at any distance"
 
 
 class People:

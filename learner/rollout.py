@@ -176,8 +176,7 @@ def reply_logprobs(
 
     (n, R') nats, 0 outside the mask.
     """
-    logits, tokens, mask = reply_logits(model, batch, rows, reply_hidden(model, batch, rows, adapter), temperature)
-    return laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none"))
+    return reply_logprobs_and_ends(model, batch, rows, adapter, temperature, ())[0]
 
 
 def reply_logprobs_and_ends(

@@ -12,7 +12,6 @@ import json
 import math
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from learner.data import (
     prompt_groups,
     split_folds,
 )
+from learner.errors import unforeseen
 from learner.gate import Answers, GateError, Probe, run_gate
 from learner.heads import learning_curve
 from learner.kl_control import kl_warranted
@@ -354,13 +354,6 @@ def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple
         files.finish(n, record)
         closed.append((n, record["state"]))
     return closed
-
-
-def unforeseen(error: Exception) -> str:
-    """What may be said of an error that nobody expected: its type and place. Its message may be people's words, so the log has the frames alone."""
-    traceback.print_tb(error.__traceback__)
-    where = traceback.extract_tb(error.__traceback__)[-1:]
-    return type(error).__name__ + "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in where) + "; the learner's log has more"
 
 
 def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:

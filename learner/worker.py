@@ -22,6 +22,7 @@ import structlog
 from filelock import FileLock, Timeout
 
 from learner.config import ConfigError, LearnerConfig
+from learner.errors import unforeseen
 from store.adapters import AdapterRegistry
 from store.errors import DataDirInUse, DataDirUnwritable, NoDatabase, NotFound, StoreError
 from store.rounds import RoundFiles
@@ -244,8 +245,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plaudit learn: {first_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:
-        from learner.round import unforeseen
-
         print(f"plaudit learn: {unforeseen(error)}", file=sys.stderr)
         return 1
 

@@ -60,9 +60,12 @@ def test_a_reply_of_another_model_or_cut_at_a_stop_string_is_read_by_its_words()
     """A data directory keeps its votes when its base model changes: the same ids are other words then."""
     cast = vote(1, [[0], [1, 2]])
     before = examples_from_votes([cast], Letters())[0]
-    other = Letters()
-    other.decode = lambda ids: "?"  # type: ignore[method-assign]
-    (got,) = examples_from_votes([cast], other)
+
+    class Other(Letters):
+        def decode(self, ids: list[int]) -> str:
+            return "?" * len(ids)
+
+    (got,) = examples_from_votes([cast], Other())
     assert before.completions_ids == ((7, 8, 0), (98, 0), (9, 0)) and got.completions_ids == ((97, 0), (98, 0), (99, 0))
     cast.comparison.completions[1].text = "A"  # what was shown ends before what was sampled
     assert examples_from_votes([cast], Letters())[0].completions_ids[0] == (65, 0)
