@@ -43,6 +43,7 @@ def make_server(app: FastAPI, settings: Settings) -> PlauditServer:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
         timeout_keep_alive=30, ws="none", server_header=False,
+        loop="asyncio",  # not uvloop where somebody has it: it starts no child in a process group of its own
     )
     logging.getLogger("uvicorn.error").addFilter(WORDLESS)
     return PlauditServer(config, app.state.runtime)

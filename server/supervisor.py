@@ -18,6 +18,7 @@ from pathlib import Path
 
 import structlog
 
+from server.logs import places
 from server.settings import Settings
 
 log = structlog.get_logger("plaudit")
@@ -151,8 +152,8 @@ class Supervisor:
                     # Not a session of its own: where Linux groups tasks by session, its niceness would count for nothing.
                     process_group=0,
                 )
-        except OSError as error:
-            log.error("learner_not_started", kind=type(error).__name__, errno=error.errno)
+        except Exception as error:  # whatever it is, a learner that cannot be started is told, and tried again
+            log.error("learner_not_started", kind=type(error).__name__, errno=getattr(error, "errno", None), where=places(error))
             return -1
         self.pid = child.pid
         log.info("learner_started", pid=child.pid)

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import json
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
@@ -28,6 +31,7 @@ from server.chat import _event
 from server.deployment import Deployment
 from server.errors import StartupError
 from server.runtime import Runtime
+from server.serve import make_server
 from store.errors import DataDirInUse, DiskFull
 from store.store import Store
 from tests.serving import HELLO, Served, ask, served, settings_for
@@ -43,6 +47,16 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(server: Served) -> Iterator[httpx.Client]:
     with server.client() as c:
         yield c
+
+
+def test_the_event_loop_is_asyncios_where_uvloop_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path) -> None:
+    """uvloop starts no child in a process group of its own, so the learner never came up."""
+    monkeypatch.setitem(sys.modules, "uvloop", SimpleNamespace(new_event_loop=lambda: pytest.fail("not this one")))
+    app = FastAPI()
+    app.state.runtime = None
+    make = make_server(app, settings_for(tmp_path, tiny_llama)).config.get_loop_factory()
+    assert make is not None
+    make().close()
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:

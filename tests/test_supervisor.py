@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from server.supervisor import Backoff, Supervisor
 
 QUICK = Backoff(first_s=0.05, longest_s=0.2, healthy_s=60.0, degraded_after=3)
@@ -108,6 +110,23 @@ def test_a_program_that_is_not_there_counts_as_a_crash(tmp_path: Path) -> None:
         supervisor = Supervisor([str(tmp_path / "absent")], tmp_path / "learner.log", backoff=QUICK)
         await supervisor.start()
         await until(lambda: supervisor.degraded)
+        await supervisor.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_start_that_fails_as_nobody_foresaw_counts_as_a_crash_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under uvloop, which does not know `process_group`: the supervisor ended with it, and nobody was told."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise TypeError("unexpected keyword argument")
+
+    async def scenario() -> None:
+        supervisor = child(tmp_path, "")
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+        await supervisor.start()
+        await until(lambda: supervisor.degraded)
+        assert supervisor.reason is not None and not supervisor.running
         await supervisor.stop()
 
     asyncio.run(scenario())
