@@ -680,11 +680,12 @@ def import_votes(
 
     All of the file or nothing: a bad line is named, and nothing is taken in.
     """
+    from server.auth import VoterHash
     from store import Store, import_preferences
 
     with plain_errors(), contextlib.closing(Store.open(load_settings(data_dir=data_dir).data_dir)) as store:
         with progress_bar(file.name) as progress:
-            count = import_preferences(store, file, progress=progress)
+            count = import_preferences(store, file, hash_voter=VoterHash(store.data_dir), progress=progress)
         out.print(f"{count} votes taken in")
 
 

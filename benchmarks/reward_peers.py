@@ -119,7 +119,7 @@ def read_examples(file: Path, rows: int, tokenizer: ChatTokenizer) -> list[Ranke
         with opened(file, "rt", encoding="utf-8") as lines:
             kept.write_text("".join(line for i, line in enumerate(lines) if not rows or i < rows), encoding="utf-8")
         with Store.open(data_dir) as store:
-            import_preferences(store, kept)
+            import_preferences(store, kept, hash_voter=str)
             return examples_from_votes(store.voted_comparisons(), tokenizer)
 
 

@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with opened(args.file, "rt", encoding="utf-8") as lines:
             rows.write_text("".join(line for i, line in enumerate(lines) if not args.rows or i < args.rows), encoding="utf-8")
         with Store.open(data_dir) as store:
-            count = import_preferences(store, rows)
+            count = import_preferences(store, rows, hash_voter=str)
             examples = examples_from_votes(store.voted_comparisons(), tokenizer)
     tokens = [len(e.prompt_ids) + len(c) for e in examples for c in e.completions_ids]
     print(f"{count} votes, {len(examples)} usable; prompt and reply have {sum(tokens) / len(tokens):.0f} tokens on average")

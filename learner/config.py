@@ -84,6 +84,8 @@ class PPOConfig:
     uncertainty: float = 0.5  # reward = mean - uncertainty * std over the members (lower confidence bound)
     missing_eos_penalty: float = 1.0  # taken off the score (reference deviations) when max_new_tokens cut the reply
     broken_penalty: float = 6.0  # taken off, at the token where it shows, for a fault that `learner/text_checks.py` finds: at first, and more while more replies break than `faults.SPARE` of the reference's share
+    outside_penalty: float = 1.0  # prices of a fault that what the reference would not say costs, times how likely it is, at every token; 0: nothing
+    nucleus: float = 0.98  # what the reference would say: the fewest likeliest tokens that together reach this share (top-p); 1: anything
     fault_decay: float = 0.8  # how far back before a fault its tokens answer for it, a token (rloo, reinforce; gae has lam)
     ptx_coef: float = 0.0  # PPO-ptx: weight of the instruction-finetuning loss (Ouyang et al. 2022, Eq. 2's gamma)
     ptx_replies: int = 8  # replies of it a step
@@ -104,6 +106,7 @@ class PPOConfig:
         _need(self.kl_horizon > 0, "ppo.kl_horizon must be positive")
         _need(self.temperature >= 0, "ppo.temperature must not be negative")
         _need(self.ptx_coef >= 0 and self.ptx_replies >= 1, "ppo.ptx_coef must not be negative, ppo.ptx_replies at least 1")
+        _need(self.outside_penalty >= 0 and 0 < self.nucleus <= 1, "ppo.outside_penalty must not be negative, ppo.nucleus over 0 and at most 1")
         _need(self.kl_votes >= 1, "ppo.kl_votes must be at least 1")
         _need(self.max_seconds > 0, "ppo.max_seconds must be positive")
         _need(self.warmup >= 1, "ppo.warmup must be at least 1")

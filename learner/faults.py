@@ -1,4 +1,5 @@
-"""What is broken in a reply, as PPO charges for it: which tokens it came about in, what they answer for, how much, and what ending too soon would cost.
+"""What is broken in a reply, as PPO charges for it: which tokens it came about in, what they answer for, how much, what ending too soon would cost, and what the reference
+would never have said.
 
 Owns what a fault costs and where that lands. Does not own what counts as a fault (`learner/text_checks.py`) or how rewards become advantages
 (`learner/advantages.py`).
@@ -79,6 +80,19 @@ class Endings:
         for i, tokens in enumerate(batch.completions):
             costs[i, : len(tokens)] = torch.tensor([price * (unfinished(tokenizer.decode(tokens[:k])) is not None) for k in range(len(tokens))])
         return cls(costs.to(batch.mask.device), ids)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What it costs to say what the reference, as people are served, would not have said there: a price, times the policy's probability of that.
+
+    Every noisy step of the weights lifts what was unlikely, and a slip ("Itbe almost all") is a token that the reference gives next to nothing. It is
+    drawn too seldom to be learned from, and its share of the KL is small beside what it spoils; but the probability of all such tokens together is
+    known at each place without drawing, as it is for `Endings`. The reference's own nucleus is free, so a liking may move any of what it does say.
+    """
+
+    nucleus: Tensor  # (B, R, W), as `rollout.Divergence.nucleus`
+    price: float  # in the units of the advantages
 
 
 def fault_rewards(spans: Sequence[tuple[int, int, int]], mask: Tensor, penalty: float) -> Tensor:

@@ -4,7 +4,7 @@ R(x, y) = score(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)], the KL par
 valid token (Stiennon et al. 2020; Ouyang et al. 2022). The score is how sure the ensemble is that people prefer the reply to a
 good one of the version it begins at (`Scorer`), by its lower confidence bound, less what a cut reply costs. What is mechanically broken costs at the
 token where it broke (`learner/text_checks.py`): the tokens before it answer for it, and so does each that led to where such things happen. Ending
-too soon costs by its probability as well, at every token (`faults.Endings`).
+too soon costs by its probability as well, at every token (`faults.Endings`), and so does what the reference would not say (`faults.Outside`).
 
 One base model is in memory; the policy, the reward members, a trained value function and (where there is one) the reference
 are adapters on it. Rollouts come from the engine that serves people. Owns the update; does not own the formulas
@@ -33,6 +33,7 @@ from learner.config import PPOConfig, served
 from learner.faults import (
     Endings,
     FaultPrice,
+    Outside,
     broken_share,
     fault_advantages,
     fault_rewards,
@@ -156,9 +157,9 @@ def train_ppo(
         """`rollout.reply_divergence` on the policy's replies, by the training pass, (B, R) each; last what `fitted` sees there."""
 
         def compute(rows: Tensor) -> tuple[Tensor, ...]:
-            found = rollout.reply_divergence(model, batch, rows, policy, reference, config.temperature)
+            found = rollout.reply_divergence(model, batch, rows, policy, reference, config.temperature, config.nucleus)
             seen = () if fitted is None else (fitted.inputs(batch, rows, found.ref_hidden),)
-            return (found.logprobs, found.ref_logprobs, found.entropy, found.kl, *seen)
+            return (found.logprobs, found.ref_logprobs, found.entropy, found.kl, found.nucleus, *seen)
 
         parts = over(model, batch, range(len(batch)), config, compute)
         if not bool(parts[3].isfinite().all()):
@@ -234,7 +235,7 @@ def train_ppo(
             batch = sample(policy, next(draw), update + 2)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
-            old, ref, entropy, divergence, *seen_by = against_reference(batch)  # (B, R) nats
+            old, ref, entropy, divergence, nucleus, *seen_by = against_reference(batch)  # (B, R) nats; (B, R, W)
             kl, kl_reply = kl_k1(old, ref), float(divergence.sum(1).mean())
             beta = controller.price(kl_reply)
 
@@ -313,13 +314,13 @@ def train_ppo(
             if config.whiten_advantages:
                 unit_of *= float(masked_var(advantages, batch.mask).sqrt().clamp(min=LEAST_UNIT))
                 advantages = whiten(advantages, batch.mask)
-            ends = Endings.of(batch, tokenizer, end_ids, fault_price.price / unit_of)
+            ends, outside = Endings.of(batch, tokenizer, end_ids, fault_price.price / unit_of), Outside(nucleus, config.outside_penalty * fault_price.price / unit_of)
 
             # 7. A few passes of clipped updates over minibatches.
             for group, top in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = top * max(0.1, 1 - done) * min(1.0, (update + 1) / config.warmup)
             row |= learn(
-                model, policy, value, mixed, batch, old, advantages, ends, old_values, returns, optimizer, trained, config,
+                model, policy, value, mixed, batch, old, advantages, ends, outside, old_values, returns, optimizer, trained, config,
                 random.Random(f"{seed}/{update}"),
             )  # fmt: skip
             moved = True
@@ -366,13 +367,13 @@ def begin(model: CausalModel, policy: str, start: str | None, config: PPOConfig,
 
 def learn(
     model: CausalModel, policy: str, value: TrainedValue | None, mixed: Mixed | None, batch: Trajectories, old: Tensor, advantages: Tensor,
-    ends: Endings, old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
+    ends: Endings, outside: Outside, old_values: Tensor | None, returns: Tensor | None, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter],
     config: PPOConfig, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
     """Epochs of minibatches over one rollout batch; each is gone through in chunks of like length, one step a minibatch.
 
-    old, advantages, old_values, returns: (B, R). The policy's loss is the clipped one, and what ending too soon is expected to cost. Returns the
-    mean figures. Raises PPOError when one is not finite, or the ratio explodes.
+    old, advantages, old_values, returns: (B, R). The policy's loss is the clipped one, and what it is expected to pay for ending too soon and for what
+    the reference would not say. Returns the mean figures. Raises PPOError when one is not finite, or the ratio explodes.
     """
     totals: dict[str, float] = {}
     steps = 0
@@ -385,13 +386,14 @@ def learn(
             figures: dict[str, float] = {}
             optimizer.zero_grad()
             for chunk in rollout.passes(model, batch, part, config.chunk_tokens):
-                new, ending = rollout.reply_logprobs_and_ends(model, batch, chunk, policy, config.temperature, ends.ids)
+                new, ending, strange = rollout.reply_chances(model, batch, chunk, policy, config.temperature, ends.ids, outside.nucleus)
                 mask = batch.mask[chunk, : new.shape[1]]
                 share = mask.sum() / tokens  # chunk means add up to the minibatch's mean over tokens
                 cols = slice(0, new.shape[1])
                 clipped = policy_loss(new, old[chunk, cols], advantages[chunk, cols], mask, config.clip)
-                ended = masked_mean(ending * ends.costs[chunk, cols], mask)
-                loss, parts = (clipped.loss + ended) * share, {"policy_loss": clipped.loss, "end_cost": ended, "clipfrac": clipped.clipfrac, "ratio": clipped.mean, "step_kl": clipped.kl}
+                ended, left = masked_mean(ending * ends.costs[chunk, cols], mask), masked_mean(strange, mask)
+                loss = (clipped.loss + ended + outside.price * left) * share
+                parts = {"policy_loss": clipped.loss, "end_cost": ended, "outside": left, "clipfrac": clipped.clipfrac, "ratio": clipped.mean, "step_kl": clipped.kl}
                 if value is not None and old_values is not None and returns is not None:
                     v = value_loss(value(batch, chunk), old_values[chunk, cols], returns[chunk, cols], mask, config.value_clip)
                     loss, parts = loss + v.loss * share, parts | {"value_loss": v.loss, "value_clipfrac": v.clipfrac}
@@ -426,9 +428,9 @@ def over(
     for chunk in rollout.passes(model, batch, rows, config.chunk_tokens):
         for i, part in enumerate(compute(chunk)):
             if i == len(whole):
-                whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], device=batch.mask.device))
+                whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], dtype=part.dtype, device=batch.mask.device))
             real = batch.mask[chunk, : part.shape[1]]
-            whole[i][chunk, : part.shape[1]] = torch.where(real.view(*real.shape, *[1] * (part.dim() - 2)), part, 0.0)
+            whole[i][chunk, : part.shape[1]] = torch.where(real.view(*real.shape, *[1] * (part.dim() - 2)), part, part.new_zeros(()))
     return tuple(whole)
 
 

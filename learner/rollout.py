@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from engine.tokenizer import ChatTokenizer
 from learner import packing
 from learner.batching import pass_tokens
 from learner.packing import PackedRows, worth_packing
+
+NUCLEUS = 64  # tokens: where the reference might go on in more ways, it is open what to say
 
 
 @dataclass(frozen=True)
@@ -176,17 +179,31 @@ def reply_logprobs(
 
     (n, R') nats, 0 outside the mask.
     """
-    return reply_logprobs_and_ends(model, batch, rows, adapter, temperature, ())[0]
+    return reply_chances(model, batch, rows, adapter, temperature).logprobs
 
 
-def reply_logprobs_and_ends(
-    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float, end_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """`reply_logprobs`, and the probability with which each token might have been one of `end_ids`: (n, R') each, 0 outside the mask."""
+class Chances(NamedTuple):
+    """What a policy might have said at each reply token, (n, R') each, 0 outside the mask."""
+
+    logprobs: Tensor  # nats, of what it did say
+    ending: Tensor  # the probability of one of the end tokens
+    outside: Tensor  # the probability of what is not in a nucleus
+
+
+def reply_chances(
+    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, temperature: float, end_ids: Sequence[int] = (),
+    nucleus: Tensor | None = None,
+) -> Chances:  # fmt: skip
+    """By one pass of `adapter`; logits / temperature and their full softmax. nucleus: (B, R, W) as `Divergence.nucleus`; None is the whole vocabulary."""
     logits, tokens, mask = reply_logits(model, batch, rows, reply_hidden(model, batch, rows, adapter), temperature)
     chosen = -F.cross_entropy(logits, tokens, reduction="none")
     total = logits.gather(1, tokens[:, None]) - chosen[:, None]  # log of the sum over the vocabulary
-    return laid_out(mask, chosen), laid_out(mask, (logits[:, list(end_ids)] - total).exp().sum(1))
+    outside = torch.zeros_like(chosen)
+    if nucleus is not None:
+        ids = nucleus[rows, : mask.shape[1]][mask]  # (N, W)
+        within = torch.where(ids >= 0, (logits.gather(1, ids.clamp(min=0)) - total).exp(), 0.0).sum(1)
+        outside = torch.where(ids[:, 0] >= 0, 1 - within, 0.0)
+    return Chances(laid_out(mask, chosen), laid_out(mask, (logits[:, list(end_ids)] - total).exp().sum(1)), laid_out(mask, outside))
 
 
 @dataclass(frozen=True)
@@ -197,14 +214,15 @@ class Divergence:
     ref_logprobs: Tensor  # and under the reference
     entropy: Tensor  # of the policy where each token was chosen
     kl: Tensor  # KL(policy, reference) where each token was chosen, summed over the whole vocabulary
+    nucleus: Tensor  # (n, R', W) int64, no nats: the reference's nucleus there, likeliest first, then -1; all -1 where it has more than W tokens
     ref_hidden: Tensor  # (n, R', D), no nats: the reference's states before each token
 
 
 @torch.no_grad()
 def reply_divergence(
-    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, reference: str | None, temperature: float
+    model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, reference: str | None, temperature: float, top_p: float = 1.0
 ) -> Divergence:
-    """How `adapter`, which sampled the replies, differs from `reference` at each of their tokens.
+    """How `adapter`, which sampled the replies, differs from `reference` at each of their tokens. top_p: of the nucleus; 1 gives none.
 
     A reply's sum of `kl` has the mean of its sum of log p - log q, the KL of whole replies, with less noise: what the tokens
     drawn add to it is averaged out (Rao-Blackwell; Amini et al. 2025, "Better Estimation of the KL Divergence").
@@ -213,13 +231,18 @@ def reply_divergence(
     ref_hidden = reply_hidden(model, batch, rows, reference)
     ref, _, _ = reply_logits(model, batch, rows, ref_hidden, temperature)
     entropy, kl = torch.zeros(len(tokens), device=tokens.device), torch.zeros(len(tokens), device=tokens.device)
+    nucleus = torch.full((len(tokens), min(NUCLEUS, logits.shape[1])), -1, device=tokens.device)
     for part in torch.arange(len(tokens), device=tokens.device).split(256):  # a vocabulary may be large
         p, q = logits[part].log_softmax(-1), ref[part].log_softmax(-1)
         entropy[part] = -(p.exp() * p).sum(-1)
         kl[part] = (p.exp() * (p - q)).sum(-1)
+        if top_p < 1:
+            top, ids = q.exp().topk(nucleus.shape[1], dim=-1)
+            reached = top.cumsum(-1)
+            nucleus[part] = torch.where((reached - top < top_p) & (reached[:, -1:] >= top_p), ids, -1)
     return Divergence(
         laid_out(mask, -F.cross_entropy(logits, tokens, reduction="none")), laid_out(mask, -F.cross_entropy(ref, tokens, reduction="none")),
-        laid_out(mask, entropy), laid_out(mask, kl), ref_hidden,
+        laid_out(mask, entropy), laid_out(mask, kl), nucleus.new_full((*mask.shape, nucleus.shape[1]), -1).masked_scatter(mask[:, :, None], nucleus), ref_hidden,
     )  # fmt: skip
 
 

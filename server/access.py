@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
-from server.auth import Identity, foreign_page
+from server.auth import Identity, Key, foreign_page
 from server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -72,11 +72,26 @@ async def _by_key(request: Request, runtime: Runtime) -> Identity:
     elif (key_id := runtime.keyring.named(presented)) is None:
         key = None  # told from a good one without hashing, so nobody pays for it: browsers share the pages' address
     else:
-        runtime.quota.spend("failed key", f"{address} {key_id}")
-        key = await asyncio.to_thread(runtime.keyring.find, presented)
+        key = await _verified(runtime, presented, f"{address} {key_id}")
     if key is None:
         raise ApiError(401, "this key is not known here")
     return Identity(runtime.voter_hash(key.voter), key.role, key.id)
+
+
+async def _verified(runtime: Runtime, presented: str, who: str) -> Key | None:
+    """The key that `presented` is, by an argon2 verification: one for all who ask at once, and only a wrong secret is paid for. Raises 429."""
+    running = runtime.verifying.get(presented)
+    if running is None:
+        runtime.quota.spend("failed key", who)  # before it is known: else any number could be tried at once
+        running = runtime.verifying[presented] = asyncio.create_task(asyncio.to_thread(runtime.keyring.find, presented), name="key")
+
+        def ended(verification: asyncio.Task[Key | None]) -> None:
+            del runtime.verifying[presented]
+            if not verification.cancelled() and verification.exception() is None and verification.result() is not None:
+                runtime.quota.refund("failed key", who)
+
+        running.add_done_callback(ended)
+    return await asyncio.shield(running)  # who leaves does not take the others' answer along
 
 
 User = Annotated[Identity, Depends(user)]

@@ -92,6 +92,7 @@ class Deployment:
         self.live, self.previous, self.candidate = BASE, None, None  # type: str, str | None, str | None
         self.live_since = time.time()
         self.by_operator = False  # the live version is an operator's choice: votes do not undo it
+        self.waiting: str | None = None  # canary mode: the newest version that nobody has been asked about, while they are about another
         self.refused: dict[str, str] = {}  # version -> why it is not served
         self.gaps: dict[str, float] = {}  # version -> largest probe difference at its last load, nats
         self.idle_unload_s = IDLE_UNLOAD_S
@@ -162,7 +163,8 @@ class Deployment:
 
     async def start(self) -> None:
         """Load what was deployed, take in what is new, and keep looking once a second."""
-        for row in await self._db(self.store.adapters):
+        rows = await self._db(self.store.adapters)
+        for row in rows:
             self._remember(row)
         for row in await self._db(self.store.rounds):
             self._known_rounds.add(row["round"])
@@ -171,6 +173,9 @@ class Deployment:
         self.live, self.previous, self.candidate = was.live, was.previous, was.candidate
         self.live_since = was.since or time.time()
         self.by_operator = was.actor not in (AUTO, None)
+        newest = max((row for row in rows if _gate(row.manifest) not in (None, "rejected")), key=lambda row: row.version, default=None)
+        if newest is not None and newest.status == "candidate" and newest.version != self.candidate:
+            self.waiting = newest.version
         for shown, voter, groups in await self._db(self.store.mixed_votes):
             self.count(shown, voter, groups)
         async with self._lock:
@@ -227,6 +232,7 @@ class Deployment:
             async with self._lock:
                 if version not in self._known and version not in self.refused:  # an upload and the poll look at the same time
                     await self._take_in_version(version)
+        await self._ask_about_the_next()
         for number in await asyncio.to_thread(self.rounds.finished):
             if number not in self._known_rounds:
                 try:
@@ -259,14 +265,29 @@ class Deployment:
             await self._db(self.store.audit, AUTO, "refuse", {"version": version, "reason": str(unfit)})
             return
         mode = self.settings.promotion
-        replaced = self.by_operator and manifest.extra.get("live", manifest.parent) != self.live  # by an operator, while its round ran
-        if manifest.gate is None or mode == "manual" or (mode == "auto" and replaced):  # without a gate: an upload, `plaudit sft`
-            await self._record(manifest, "candidate")  # an operator's to promote
-        elif mode == "auto":
+        replaced = manifest.extra.get("live", manifest.parent) != self.live  # while its round ran, by an operator or by votes
+        if mode == "auto" and manifest.gate is not None and not replaced:
             await self._deploy(version, self.live, None, AUTO, "publish", new=manifest)
         else:
-            await self._deploy(self.live, self.previous, version, AUTO, "canary", new=manifest)
+            await self._record(manifest, "candidate")  # an operator's to promote; without a gate: an upload, `plaudit sft`
+            if manifest.gate is not None:
+                self.waiting = version  # the newest knows all that those before it do
         log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=mode)
+
+    async def _ask_about_the_next(self) -> None:
+        """In canary mode: once votes have decided about a candidate, the newest version since is the next."""
+        if self.settings.promotion != "canary" or self.candidate is not None or self.waiting is None:
+            return
+        async with self._lock:
+            version, self.waiting = self.waiting, None
+            if self.candidate is not None or version in (self.live, self.previous):
+                return
+            try:
+                await self._load(version)
+            except Unfit as unfit:
+                self._note_refusal(version, str(unfit))
+                return
+            await self._deploy(self.live, self.previous, version, AUTO, "canary")
 
     async def _record(self, manifest: Manifest, status: str) -> None:
         await self._db(self.store.take_in_adapter, manifest.to_dict(), status)

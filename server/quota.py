@@ -46,6 +46,12 @@ class Quota:
         if len(self._windows) > self._sweep:
             self._forget_old(now)
 
+    def refund(self, kind: str, who: str) -> None:
+        """Take back one `spend` of this window."""
+        number, count, before = self._windows.get((kind, who), (0, 0, 0))
+        if count:
+            self._windows[kind, who] = number, count - 1, before
+
     def _counts(self, kind: str, who: str, number: int) -> tuple[int, int]:
         """What was spent in window `number` and in the one before it."""
         last, count, before = self._windows.get((kind, who), (number, 0, 0))

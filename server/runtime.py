@@ -23,7 +23,7 @@ from engine.engine import Engine
 from engine.model import CausalModel
 from engine.source import ModelError, Sampling
 from engine.tokenizer import ChatTokenizer
-from server.auth import Keyring, VoterHash, check_bind
+from server.auth import Key, Keyring, VoterHash, check_bind
 from server.ballots import Ballots
 from server.bridge import EngineBridge
 from server.candidates import Candidates
@@ -79,6 +79,7 @@ class Runtime:
         self.started: float | None = None  # Unix seconds
         self.draining = False
         self.running_chats = 0
+        self.verifying: dict[str, asyncio.Task[Key | None]] = {}  # presented key -> its verification, while it runs
         self._random = random.Random(settings.seed if settings.seed is not None else secrets.randbits(128))
 
     @classmethod

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from limits import parse as parse_rate
+from limits import parse_many
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     @classmethod
     def _rate(cls, value: str) -> str:
         try:
-            if parse_rate(value).amount < 1:
+            (rate,) = parse_many(value)  # `parse` drops all but the first
+            if rate.amount < 1:
                 raise ValueError
         except ValueError:
             raise ValueError(f"{value!r} is not a rate; write it like 60/minute") from None

@@ -28,7 +28,10 @@ def probe_gap(published: Mapping[str, Any], served: Mapping[str, Any], tolerance
 
     `served` has the whole vocabulary. Raises `Unfit` when the gap is over `tolerance`, or nothing can be compared.
     """
-    ids, values = list(published.get("top_ids") or ()), list(published.get("top_logprobs") or ())
+    try:
+        ids, values = [int(i) for i in published["top_ids"]], [float(v) for v in published["top_logprobs"]]
+    except (KeyError, TypeError, ValueError):  # no digest covers the manifest itself
+        ids, values = [], []
     if not ids or len(ids) != len(values):
         raise Unfit("its manifest has no probe to check the served weights with")
     here = dict(zip(served["top_ids"], served["top_logprobs"], strict=True))

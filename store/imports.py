@@ -15,11 +15,11 @@ from store.store import Store, new_id
 VERSION = "imported"  # the version of replies that no model of ours wrote
 
 
-def import_preferences(store: Store, file: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
+def import_preferences(store: Store, file: str | Path, *, hash_voter: Callable[[str], str], progress: Callable[[int, int], None] | None = None) -> int:
     """Read a file of preferences in any layout of `store/preferences.py`; the number of votes taken in.
 
     The chosen reply takes slot 0 or 1 by a digest of the row, so that position says nothing. All or nothing. Raises
-    BadImport naming the line; `progress(done, total)`.
+    BadImport naming the line; `hash_voter` makes of a rater's name in the file what is stored (names may be e-mail addresses), `progress(done, total)`.
     """
     path = Path(file)
     rows = read_preferences(path)
@@ -27,7 +27,7 @@ def import_preferences(store: Store, file: str | Path, *, progress: Callable[[in
     with store._write() as db:
         for done, row in enumerate(rows, 1):
             comparison_id = new_id("cmp")
-            voter = f"import:{hashlib.sha256(row.voter.encode()).hexdigest()[:16]}"
+            voter = f"import:{hash_voter(row.voter)}"
             first = hashlib.sha256(json.dumps([row.prompt, row.chosen, row.rejected]).encode()).digest()[0] % 2
             texts = (row.chosen, row.rejected) if first == 0 else (row.rejected, row.chosen)
             completions = tuple(Completion(i, text, (), (), VERSION, "stop", 0) for i, text in enumerate(texts))

@@ -365,14 +365,19 @@ class Store:
         with self._read() as db:
             return [vote_from_row(row) for row in db.execute(f"select {VOTE} from votes v where v.comparison_id = ? order by v.seq", [comparison_id])]
 
-    def voted_comparisons(self, *, since_seq: int = 0, limit: int | None = None) -> list[VotedComparison]:
+    def newest_vote(self) -> int:
+        """The seq of the newest standing vote; 0 without any."""
+        with self._read() as db:
+            return db.execute("select coalesce(max(seq), 0) from standing_votes").fetchone()[0]
+
+    def voted_comparisons(self, *, since_seq: int = 0, until_seq: int | None = None, limit: int | None = None) -> list[VotedComparison]:
         """Standing votes after `since_seq`, oldest first, with what they judge; the first `limit` of them.
 
         Read in transactions of READ_ROWS, so that however many there are, nobody's vote waits long for a reader. Votes
-        cast meanwhile are left out, which also keeps a vote that is replaced meanwhile from being there twice.
+        cast meanwhile are left out (those after `until_seq`, for who asks in several calls), which also keeps a vote that is replaced
+        meanwhile from being there twice.
         """
-        with self._read() as db:
-            newest = db.execute("select coalesce(max(seq), 0) from standing_votes").fetchone()[0]
+        newest = self.newest_vote() if until_seq is None else until_seq
         voted: list[VotedComparison] = []
         while limit is None or len(voted) < limit:
             rows = READ_ROWS if limit is None else min(READ_ROWS, limit - len(voted))
@@ -412,8 +417,8 @@ class Store:
         `preference-implicit` (the same without prompt: both replies with the conversation before them), `ranking` (one
         row a vote) or `demonstration` (a conversation that ends with a person's own reply)."""
         make = EXPORTS[format]
-        seq = 0
-        while batch := self.voted_comparisons(since_seq=seq, limit=EXPORT_ROWS):
+        seq, newest = 0, self.newest_vote()
+        while batch := self.voted_comparisons(since_seq=seq, until_seq=newest, limit=EXPORT_ROWS):
             for item in batch:
                 yield from make(item)
             seq = batch[-1].vote.seq

@@ -178,6 +178,7 @@ def test_every_setting_says_what_it_means() -> None:
     ({"port": 70000}, "port (flag --port)"),
     ({"rate_chat": "often"}, "rate_chat (flag --rate-chat)"),
     ({"rate_chat": "0/minute"}, "rate_chat (flag --rate-chat)"),
+    ({"rate_chat": "10/second;100/minute"}, "rate_chat (flag --rate-chat)"),
     ({"promotion": "maybe"}, "promotion (flag --promotion)"),
 ])
 def test_a_bad_setting_is_named_in_one_line(flags: dict[str, object], named: str) -> None:

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import plaudit
 from learner.simulate import Client, SimulateError
 from learner.worker import parser
+from server.auth import VoterHash
 from server.deployment import Deployment
 from server.settings import Settings
 from store import AdapterRegistry, Store, StoreError
@@ -255,11 +256,14 @@ def test_serve_refuses_a_data_directory_in_use_a_missing_model_and_a_public_addr
 
 
 def test_votes_go_in_and_come_out(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "in.jsonl").write_text(json.dumps({**ROW, "voter": "ann@example.org"}) + "\n")
     data = str(tmp_path / "data")
     assert "1 votes taken in" in run("import", str(tmp_path / "in.jsonl"), "--data-dir", data).output
     row = json.loads(run("export", "--data-dir", data).output)
     assert row["chosen"] == [{"role": "assistant", "content": "Hello!"}]
+    with Store.open(data, read_only=True) as store:
+        (item,) = store.voted_comparisons()
+    assert item.vote.voter == f"import:{VoterHash(tmp_path / 'data')('ann@example.org')}"  # salted: a list of names does not tell whose it is
 
 
 def test_keys_are_shown_once_listed_without_their_secret_and_revoked(tmp_path: Path) -> None:

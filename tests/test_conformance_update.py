@@ -28,7 +28,7 @@ from engine.tokenizer import ChatTokenizer
 from learner import ppo, rollout
 from learner import round as round_module
 from learner.config import PPOConfig, RewardConfig
-from learner.faults import Endings
+from learner.faults import Endings, Outside
 from learner.ppo import learn, train_ppo
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
@@ -130,10 +130,10 @@ class Watched:
             self.batches.append(sample(*args, **kwargs))
             return self.batches[-1]
 
-        def watched_update(model: CausalModel, policy: str, value: Any, mixed: Any, batch: Trajectories, old: Tensor, advantages: Tensor, ends: Endings, old_values: Any, returns: Any, *rest: Any) -> dict[str, float]:
+        def watched_update(model: CausalModel, policy: str, value: Any, mixed: Any, batch: Trajectories, old: Tensor, advantages: Tensor, ends: Endings, outside: Outside, old_values: Any, returns: Any, *rest: Any) -> dict[str, float]:
             model.lora.save(policy, self.directory / str(len(self.given)))
-            self.given.append({"batch": batch, "old": old, "advantages": advantages, "ends": ends, "old_values": old_values, "returns": returns})
-            return update(model, policy, value, mixed, batch, old, advantages, ends, old_values, returns, *rest)
+            self.given.append({"batch": batch, "old": old, "advantages": advantages, "ends": ends, "outside": outside, "old_values": old_values, "returns": returns})
+            return update(model, policy, value, mixed, batch, old, advantages, ends, outside, old_values, returns, *rest)
 
         monkeypatch.setattr(rollout, "sample", watched_sample)
         monkeypatch.setattr(ppo, "learn", watched_update)
@@ -289,6 +289,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
         ends = ends_by_hand(ending / (deviation(advantages) if whitened else 1.0), tokenizer, batch)
         assert given["ends"].ids == tuple(sorted(model.eos_ids)) and any(x == 0 for row in ends for x in row) and any(x > 0 for row in ends for x in row)
         close(given["ends"].costs, ends)
+        assert given["outside"].price == pytest.approx(config.outside_penalty * max(max(row) for row in ends), rel=1e-4), "as dear as a fault"
         done = max(update / config.updates, practised / config.tokens)
         practised += sum(map(len, batch.completions))
         begun = mean_kl if update == 0 else begun
@@ -315,6 +316,10 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
         old_values = torch.where(batch.mask, value(batch, torch.arange(20)) + 0.3 * torch.randn(new.shape, generator=draw), 0.0)
     advantages, returns = torch.randn(new.shape, generator=draw), torch.randn(new.shape, generator=draw)
     costs = Endings(5 * torch.rand(new.shape, generator=draw), model.eos_ids)
+    said = torch.stack([torch.randperm(model.vocab_size, generator=draw)[:64] for _ in range(new.numel())]).view(*new.shape, 64)
+    said[..., 40:] = -1
+    said[::3] = -1  # the reference had too many ways to go on
+    outside = Outside(said, 3.0)
     trained = {**model.lora.parameters("p"), **{f"value {n}": p for n, p in model.lora.parameters(VALUE).items()}, **dict(value.head.named_parameters())}
 
     terms: list[Tensor] = []
@@ -337,7 +342,8 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
                 squared = max(squared, (before + (0.2 if v.item() > before.item() else -0.2) - target) ** 2)
             clipped.update({"policy": not gain.requires_grad, "value": not squared.requires_grad})
             ending = wide[t].softmax(0)[list(costs.ids)].sum()
-            terms += [-gain + 0.5 * squared + ending * costs.costs[i, t]]
+            strange = 0.0 if i % 3 == 0 else 1 - wide[t].softmax(0)[said[i, t, :40]].sum()
+            terms += [-gain + 0.5 * squared + ending * costs.costs[i, t] + 3.0 * strange]
             paid.append(float(ending.detach() * costs.costs[i, t]))
     expected = torch.autograd.grad(torch.stack(terms).sum() / len(terms), list(trained.values()), allow_unused=True)
     assert all(0.02 < clipped[what] / len(terms) < 0.98 for what in ("policy", "value"))
@@ -346,11 +352,11 @@ def test_the_updates_gradient_is_that_of_the_clipped_losses_summed_token_by_toke
     config = replace(CONFIG, clip=0.2, value_clip=0.2, max_grad_norm=1e9, chunk_tokens=60)
     optimizer = torch.optim.SGD([*trained.values()], lr=1.0)
     policy = list(model.lora.parameters("p").values())
-    figures = learn(model, "p", value, None, batch, old, advantages, costs, old_values, returns, optimizer, policy, config, random.Random(0))
+    figures = learn(model, "p", value, None, batch, old, advantages, costs, outside, old_values, returns, optimizer, policy, config, random.Random(0))
     for (name, p), gradient in zip(trained.items(), expected, strict=True):
         torch.testing.assert_close(before[name] - p.detach(), torch.zeros_like(p) if gradient is None else gradient, rtol=1e-3, atol=1e-4)
     assert figures["end_cost"] == pytest.approx(sum(paid) / len(paid), rel=1e-4) and figures["end_cost"] > 0.01
-    assert figures["policy_loss"] + figures["end_cost"] + figures["value_loss"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    assert figures["policy_loss"] + figures["end_cost"] + 3.0 * figures["outside"] + figures["value_loss"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
     assert figures["clipfrac"] == pytest.approx(clipped["policy"] / len(terms)) and figures["value_clipfrac"] == pytest.approx(clipped["value"] / len(terms))
 
 

@@ -81,6 +81,15 @@ def test_the_probe_allows_a_thousandth_of_a_nat(values: list[float], fits: bool)
             probe_gap(published, here, 1e-3)
 
 
+@pytest.mark.parametrize("published", [
+    {}, {"top_ids": [7]}, {"top_ids": [7], "top_logprobs": [None]}, {"top_ids": [7], "top_logprobs": ["x"]}, {"top_ids": 7, "top_logprobs": -1.0},
+    {"top_ids": [[7]], "top_logprobs": [-1.0]},
+])
+def test_a_probe_that_cannot_be_read_is_unfit(published: dict[str, Any]) -> None:
+    with pytest.raises(Unfit, match="no probe"):
+        probe_gap(published, {"top_ids": [7, 9], "top_logprobs": [-1.0, -2.0]}, 1e-3)
+
+
 def test_a_published_token_missing_here_counts_as_a_gap() -> None:
     with pytest.raises(Unfit):
         probe_gap({"top_ids": [5], "top_logprobs": [-0.5]}, {"top_ids": [7, 9], "top_logprobs": [-1.0, -2.0]}, 1e-3)
@@ -159,8 +168,7 @@ def test_old_versions_are_unloaded_and_come_back_when_asked_for_by_name(tiny_lla
     registry = AdapterRegistry(tmp_path / "adapters")
     with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
         for seed in (1, 2, 3):
-            version = publish_random(registry, tiny_llama, seed=seed)
-            running.until(lambda v=version: running.runtime.deployment.live == v)
+            gone_live(running, registry, tiny_llama, seed)
         engine = running.runtime.bridge._engine
         running.until(lambda: set(engine.versions()) == {"base", "v000002", "v000003"})
         assert ask(c, 1, model="plaudit@v000001")["model"] == "plaudit@v000001"
@@ -241,8 +249,7 @@ def test_a_live_version_found_damaged_at_start_gives_way_to_the_one_before(tiny_
     one = publish_random(registry, tiny_llama, seed=1)
     with served(settings) as running:
         assert running.runtime.deployment.live == one
-        two = publish_random(registry, tiny_llama, seed=2)
-        running.until(lambda: running.runtime.deployment.live == two)
+        two = gone_live(running, registry, tiny_llama, 2)
     (registry.path(two) / "adapter_config.json").write_text("{}")
     with served(settings) as running, running.client() as c:
         assert ask(c, 1)["model"] == f"plaudit@{one}"
@@ -349,9 +356,32 @@ def test_in_canary_mode_votes_promote_or_drop_the_candidate(tiny_llama: Path, tm
         assert (running.runtime.deployment.live, running.runtime.deployment.candidate) == (live, None)
 
 
+@pytest.mark.parametrize("loved", [True, False])
+def test_in_canary_mode_a_newer_version_waits_until_votes_have_decided(tiny_llama: Path, tmp_path: Path, loved: bool) -> None:
+    """Rounds come every few votes, a decision takes dozens: nothing would ever be decided."""
+    registry, settings = AdapterRegistry(tmp_path / "adapters"), settings_for(tmp_path, tiny_llama, mix_share=1.0, promotion="canary")
+    _, *others = (publish_random(registry, tiny_llama, seed=seed) for seed in range(3))
+    with served(settings) as running:
+        deployment = running.runtime.deployment
+        assert (deployment.candidate, deployment.waiting) == (others[-1], None)  # of those that came while it was down the newest
+    newer = [publish_random(registry, tiny_llama, seed=seed) for seed in (3, 4)]
+    with served(settings) as running, running.client() as c:
+        deployment = running.runtime.deployment
+        assert (deployment.candidate, deployment.waiting) == (others[-1], newer[-1])
+    with served(settings) as running, running.client() as c:  # also after another start
+        deployment = running.runtime.deployment
+        assert (deployment.candidate, deployment.waiting) == (others[-1], newer[-1])
+        for _ in range(15):
+            vote_for(c, running, ask(c, 2), others[-1] if loved else "base")
+            if deployment.candidate != others[-1]:
+                break
+        running.until(lambda: deployment.candidate == newer[-1])
+        assert deployment.live == (others[-1] if loved else "base")
+
+
 def gone_live(running: Served, registry: AdapterRegistry, model: Path, seed: int) -> str:
     """A version published and live."""
-    version = publish_random(registry, model, seed=seed)
+    version = publish_random(registry, model, seed=seed, live=running.runtime.deployment.live)
     running.until(lambda: running.runtime.deployment.live == version)
     return version
 
@@ -361,7 +391,7 @@ def test_two_looks_at_one_new_version_take_it_in_once(tiny_llama: Path, tmp_path
     registry = AdapterRegistry(tmp_path / "adapters")
     with served(settings_for(tmp_path, tiny_llama)) as running:
         deployment, loop, first = running.runtime.deployment, running.runtime.bridge._loop, gone_live(running, registry, tiny_llama, 1)
-        second = publish_random(registry, tiny_llama, seed=2)
+        second = publish_random(registry, tiny_llama, seed=2, parent=first)
 
         async def both() -> None:
             await asyncio.gather(deployment.take_in(), deployment.take_in())
@@ -398,6 +428,17 @@ def test_what_was_learned_from_a_version_that_an_operator_replaced_meanwhile_wai
         running.until(lambda: running.runtime.deployment.live == restarted)
         assert c.post("/v1/adapters/base/promote").status_code == 200
         assert gone_live(running, registry, tiny_llama, 3) == running.runtime.deployment.live  # its parent is base, which is live
+
+
+def test_what_was_learned_from_a_version_that_votes_turned_down_meanwhile_waits_for_an_operator(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama)) as running:
+        deployment, first = running.runtime.deployment, gone_live(running, registry, tiny_llama, 1)
+        asyncio.run_coroutine_threadsafe(deployment.rollback("auto", judged=deployment.pair()), running.runtime.bridge._loop).result(30)
+        second = publish_random(registry, tiny_llama, seed=2, parent=first)
+        running.until(lambda: second in deployment.servable())
+        assert deployment.live == "base" and not deployment.by_operator
+        assert gone_live(running, registry, tiny_llama, 3) == deployment.live
 
 
 def test_an_operators_choice_stays_theirs_through_a_later_canary_and_a_restart(tiny_llama: Path, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def judged(tmp_path: Path, always_b: Path, model: CausalModel, tokenizer: ChatTo
     """A data directory with a version, and a round whose reward model learned from ten of PAIRS."""
     data_dir = tmp_path / "data"
     with Store.open(data_dir) as store:
-        import_preferences(store, write_rows(tmp_path / "own.jsonl", [p.row() for p in PAIRS[:10]]))
+        import_preferences(store, write_rows(tmp_path / "own.jsonl", [p.row() for p in PAIRS[:10]]), hash_voter=str)
         standing = store.voted_comparisons()
         votes = [item.vote.id for item in standing]
         store.withdraw_vote(standing[0].comparison.id, standing[0].vote.voter)  # what was learned from them was learned

@@ -23,6 +23,7 @@ from learner.config import ConfigError, PPOConfig, RewardConfig
 from learner.faults import (
     Endings,
     FaultPrice,
+    Outside,
     broken_share,
     fault_advantages,
     fault_rewards,
@@ -304,9 +305,9 @@ def test_a_run_is_paid_for_beating_a_good_reply_of_the_version_it_begins_at(
     assert torch.allclose(second.good, raw.mean(0) + raw.std(0))
 
 
-def free(batch: Trajectories) -> Endings:
-    """Ending costs nothing anywhere."""
-    return Endings(torch.zeros(batch.mask.shape), (1,))
+def free(batch: Trajectories) -> tuple[Endings, Outside]:
+    """Ending costs nothing anywhere, and anything may be said."""
+    return Endings(torch.zeros(batch.mask.shape), (1,)), Outside(torch.full((*batch.mask.shape, 1), -1), 0.0)
 
 
 def spoken(model: CausalModel, tokenizer: ChatTokenizer, texts: Sequence[str], reasons: Sequence[str]) -> Trajectories:
@@ -355,7 +356,7 @@ def test_where_ending_would_break_replies_the_policy_learns_not_to_though_it_is_
 
     def ending(adapter: str | None) -> float:
         with torch.no_grad():
-            _, found = rollout.reply_logprobs_and_ends(model, batch, torch.arange(len(batch)), adapter, 1.0, model.eos_ids)
+            found = rollout.reply_chances(model, batch, torch.arange(len(batch)), adapter, 1.0, model.eos_ids).ending
         return float(found[batch.mask].mean())
 
     for penalty in (0.0, 8.0):
@@ -364,6 +365,20 @@ def test_where_ending_would_break_replies_the_policy_learns_not_to_though_it_is_
         likely[penalty] = ending("p")
         model.lora.delete("p")
     assert likely[8.0] < ending(None) < 0.9 * likely[0.0], likely
+
+
+def test_what_the_reference_would_not_say_becomes_less_likely_where_it_costs(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "NUCLEUS", model.vocab_size)  # a tiny model's is wide
+    likely = {}
+    for penalty in (0.0, 80.0):
+        config = replace(SMALL, estimator="rloo", broken_penalty=1.0, outside_penalty=penalty, nucleus=0.6, updates=10)
+        result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config, seed=1)
+        likely[penalty] = [row["outside"] for row in result.history[:-1]]
+        model.lora.delete("p")
+    assert likely[80.0][0] == pytest.approx(likely[0.0][0], abs=0.05) and 0.3 < likely[0.0][0] < 0.5
+    assert likely[80.0][-1] < min(likely[80.0][0], likely[0.0][-1]) - 0.01, likely
 
 
 def test_end_tokens_that_the_vocabulary_has_no_row_for_are_none(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,7 +514,7 @@ def test_an_exploding_ratio_drops_the_run_before_it_moves_the_policy(model: Caus
     trained = list(model.lora.parameters("p").values())
     before = state(model, "p")
     with pytest.raises(PPOError, match="20 times as likely within one batch: the run is dropped; lower ppo"):
-        learn(model, "p", None, None, batch, old, torch.ones(batch.mask.shape), free(batch), None, None, torch.optim.SGD(trained, lr=1.0), trained, SMALL, random.Random(0))
+        learn(model, "p", None, None, batch, old, torch.ones(batch.mask.shape), *free(batch), None, None, torch.optim.SGD(trained, lr=1.0), trained, SMALL, random.Random(0))
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, "p"), strict=True))
 
 
@@ -515,7 +530,7 @@ def test_a_minibatch_in_chunks_gives_the_gradient_of_the_whole(model: CausalMode
         trained = list(model.lora.parameters("p").values())
         before = state(model, "p")
         optimizer = torch.optim.SGD(trained, lr=1.0)
-        learn(model, "p", None, None, batch, old, advantages, free(batch), None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
+        learn(model, "p", None, None, batch, old, advantages, *free(batch), None, None, optimizer, trained, replace(SMALL, chunk_tokens=tokens, max_grad_norm=1e9), random.Random(0))
         moves.append([b - a for a, b in zip(before, state(model, "p"), strict=True)])
     assert max(float(m.abs().max()) for m in moves[0]) > 1e-4
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(*moves, strict=True))

@@ -178,7 +178,7 @@ def test_imported_preferences_come_out_again_as_they_went_in(tmp_path: Path, nam
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     seen = []
     with Store.open(tmp_path / "data") as store:
-        assert import_preferences(store, tmp_path / name, progress=lambda *at: seen.append(at)) == 13
+        assert import_preferences(store, tmp_path / name, hash_voter=str.upper, progress=lambda *at: seen.append(at)) == 13
         out = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in store.export("preference")]
         slots = [item.vote.groups[0][0] for item in store.voted_comparisons()]
     assert out[0] == {k: ROW[k] for k in ("prompt", "chosen", "rejected")}
@@ -199,7 +199,7 @@ def test_one_bad_line_is_named_and_nothing_is_taken_in(tmp_path: Path, bad: str,
     (tmp_path / "f.jsonl").write_text(json.dumps(ROW) + "\n" + bad + "\n")
     with Store.open(tmp_path / "data") as store:
         with pytest.raises(BadImport, match=f"f.jsonl:2.*{why}"):
-            import_preferences(store, tmp_path / "f.jsonl")
+            import_preferences(store, tmp_path / "f.jsonl", hash_voter=str)
         assert store.counts()["comparisons"] == 0
 
 
@@ -209,7 +209,7 @@ def test_a_file_that_is_not_there_or_not_text_is_one_clear_line(tmp_path: Path) 
     with Store.open(tmp_path / "data") as store:
         for name in ("none.jsonl", "x.gz", "x.jsonl"):
             with pytest.raises(BadImport, match=name):
-                import_preferences(store, tmp_path / name)
+                import_preferences(store, tmp_path / name, hash_voter=str)
 
 
 def test_the_real_human_preferences_are_taken_in_whole(tmp_path: Path, shared_data: Path) -> None:
@@ -217,5 +217,5 @@ def test_the_real_human_preferences_are_taken_in_whole(tmp_path: Path, shared_da
     with gzip.open(file, "rt") as lines:
         rows = [json.loads(line) for line in lines]
     with Store.open(tmp_path) as store:
-        assert import_preferences(store, file) == len(rows)
+        assert import_preferences(store, file, hash_voter=str) == len(rows)
         assert sum(1 for _ in store.export("preference")) == len(rows)

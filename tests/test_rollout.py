@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from engine.engine import Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from learner import rollout
 from learner.rollout import (
     Trajectories,
     collect,
@@ -111,6 +112,38 @@ def test_divergence_from_the_reference_is_that_of_transformers(model: CausalMode
             assert all((x[i, n:] == 0).all() for x in (found.logprobs, found.ref_logprobs, found.entropy, found.kl))
     same = reply_divergence(model, batch, torch.arange(6), "policy", "policy", 0.5)
     assert (same.kl == 0).all() and torch.equal(same.logprobs, same.ref_logprobs)
+
+
+@pytest.mark.parametrize("width", [1, 64])
+def test_the_references_nucleus_and_what_lies_outside_it_are_by_transformers(
+    model: CausalModel, batch: Trajectories, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(rollout, "NUCLEUS", width)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.lora.save("policy", tmp_path / "policy")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "policy")
+    nucleus = reply_divergence(model, batch, torch.arange(6), "policy", None, 0.1, 0.6).nucleus
+    assert nucleus.shape == (*batch.mask.shape, width) and (reply_divergence(model, batch, torch.arange(6), "policy", None, 0.1).nucleus == -1).all()
+    rows = torch.tensor([4, 1])
+    found, alone = rollout.reply_chances(model, batch, rows, "policy", 0.1, model.eos_ids, nucleus), rollout.reply_chances(model, batch, rows, "policy", 0.1)
+    assert torch.equal(found.logprobs, alone.logprobs) and (alone.outside == 0).all() and (alone.ending == 0).all()
+    wide = []
+    with torch.no_grad():
+        for k, i in enumerate(rows.tolist()):
+            row, first, n = torch.tensor([[*batch.prompts[i], *batch.completions[i]]]), len(batch.prompts[i]), len(batch.completions[i])
+            p, q = ((m(row).logits[0, first - 1 : -1] / 0.1).softmax(-1) for m in (adapted, plain))
+            assert torch.allclose(found.ending[k, :n], p[:, list(model.eos_ids)].sum(1), atol=1e-3)
+            for t in range(n):
+                said, reached = [], 0.0
+                for share, token in sorted(((float(x), v) for v, x in enumerate(q[t])), reverse=True):
+                    said, reached = [*said, token], reached + share
+                    if reached >= 0.6:
+                        break
+                wide.append(len(said) > width)
+                assert nucleus[i, t].tolist() == ([-1] * width if wide[-1] else said + [-1] * (width - len(said)))
+                assert found.outside[k, t].item() == pytest.approx(0.0 if wide[-1] else 1 - float(p[t, said].sum()), abs=1e-3)
+            assert (found.outside[k, n:] == 0).all()
+    assert any(wide) == (width == 1) and not all(wide)
 
 
 def test_divergence_has_the_mean_of_the_log_ratio_and_less_noise(model: CausalModel, engine: Engine, prompts: list[list[int]]) -> None:

@@ -435,6 +435,16 @@ def test_wrong_keys_from_one_address_keep_nobody_with_a_good_one_out(tiny_llama:
             assert c.get("/v1/status", headers={"Authorization": f"Bearer {good}"}).status_code == 200
 
 
+def test_a_good_key_that_asks_often_at_once_is_looked_up_once_and_costs_no_quota(tiny_llama: Path, tmp_path: Path) -> None:
+    """After a start, or a change of keys, none is known yet; 30 wrong ones a minute are let in."""
+    with served(settings_for(tmp_path, tiny_llama)) as running, ThreadPoolExecutor(40) as people, running.client() as c:
+        good = {"Authorization": f"Bearer {running.runtime.keyring.create('user', 'ann')}"}
+        assert list(people.map(lambda _: c.get("/v1/status", headers=good).status_code, range(40))) == [200] * 40
+        for _ in range(35):
+            running.runtime.keyring._verified.clear()
+            assert c.get("/v1/status", headers=good).status_code == 200
+
+
 def test_what_is_no_chat_has_the_grace_too_and_no_more(tiny_llama: Path, tmp_path: Path) -> None:
     with served(settings_for(tmp_path, tiny_llama, grace_s=4.0)) as running, running.client() as c, ThreadPoolExecutor(2) as others:
 

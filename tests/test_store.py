@@ -253,6 +253,17 @@ def test_export_goes_on_over_many_batches(store: Store, monkeypatch: pytest.Monk
     assert [row["prompt"][0]["content"] for row in store.export("ranking")] == [str(i) for i in range(10)]
 
 
+def test_a_vote_replaced_while_votes_are_exported_is_not_there_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.store.EXPORT_ROWS", 2)
+    asked = [ask(store, str(i)).id for i in range(6)]
+    for name in asked:
+        store.record_vote(name, "ann", groups=[[0], [1]], kind="favourite")
+    rows = store.export("ranking")
+    got = [next(rows)]
+    store.record_vote(asked[0], "ann", groups=[[1], [0]], kind="favourite")
+    assert [row["prompt"][0]["content"] for row in [*got, *rows]] == [str(i) for i in range(6)]
+
+
 def test_votes_are_read_whole_and_in_order_over_many_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("store.store.READ_ROWS", 3)
     shared = ask(store, "both judge this")
