@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 from pydantic_core import PydanticUndefined
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
@@ -172,7 +173,7 @@ def serve(**flags: Any) -> None:
         settings = load_settings(**flags)
         sock = listening_socket(settings.host, settings.port)
         port = sock.getsockname()[1]
-        out.print(f"Loading {settings.model} ...", highlight=False)
+        out.print(f"Loading {settings.model} ...", markup=False, highlight=False)
 
         local = f"http://{address_from_here(settings.host)}:{port}"
         with kept_for_good():
@@ -217,7 +218,7 @@ def config(**flags: Any) -> None:
     with plain_errors():
         table = Table("setting", "value", "from", "meaning")
         for name, value, where, meaning in explain(**flags):
-            table.add_row(name, str(value), where, meaning)
+            table.add_row(name, escape(str(value)), where, escape(meaning))
         out.print(table)
 
 
@@ -530,14 +531,21 @@ def chat(
         if pick is not None:
             path = f"/v1/comparisons/{answer['plaudit']['comparison_id']}/vote"
             try:
-                ask("PUT", url, key, path, json={"favourite": pick} if pick >= 0 else {"verdict": "none"})
+                ask("PUT", url, key, path, json={"verdict": "none"} if pick == NONE_GOOD else {"favourite": pick})
             except Refused as refused:
                 out.print(f"your pick is not saved: {refused}", markup=False, highlight=False)
-        messages.append({"role": "assistant", "content": replies[max(pick or 0, 0)]})
+        if pick == NONE_GOOD:
+            messages.pop()  # nothing of it goes on, as in the page
+            out.print("your message is left out of what follows: say it again to get other replies", highlight=False)
+        else:
+            messages.append({"role": "assistant", "content": replies[pick or 0]})
+
+
+NONE_GOOD = -1
 
 
 def ask_for_pick(n: int) -> int | None:
-    """A reply's index, -1 for none of them, None for no vote."""
+    """A reply's index, NONE_GOOD, or None for no vote."""
     while True:
         try:
             answer = out.input(f"[dim]favourite 1-{n}, 0 for none, Enter for no vote:[/] ").strip()
@@ -641,7 +649,7 @@ def list_keys(data_dir: DataDir = None) -> None:
     with plain_errors():
         table = Table("id", "role", "voter")
         for key in Keyring(load_settings(data_dir=data_dir).data_dir).list():
-            table.add_row(key.id, key.role, key.voter)
+            table.add_row(key.id, key.role, escape(key.voter))
         out.print(table)
 
 
@@ -667,8 +675,12 @@ def export(
     if format not in EXPORTS:
         fail(f"unknown format {format}: {', '.join(EXPORTS)}")
     with plain_errors(), contextlib.closing(Store.open(load_settings(data_dir=data_dir).data_dir, read_only=True)) as store:
-        for row in store.export(format):
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            for row in store.export(format):
+                sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end has to go somewhere
 
 
 @app.command("import")
@@ -707,7 +719,7 @@ def doctor(data_dir: DataDir = None) -> None:
     def row(good: bool, what: str, finding: object) -> None:
         nonlocal bad
         bad += not good
-        out.print(f"[{'green' if good else 'red'}]{'ok ' if good else 'BAD'}[/] {what}: {finding}", highlight=False)
+        out.print(f"[{'green' if good else 'red'}]{'ok ' if good else 'BAD'}[/] {what}: {escape(str(finding))}", highlight=False)
 
     with plain_errors():
         settings = load_settings(data_dir=data_dir)

@@ -121,19 +121,22 @@ class General(nn.Module):
         spans: list[Prompt | Rows] = [Prompt(cache, 0, 0, 6), Rows(cache, [6]), Rows(cache, [7])]
         hidden = [self(ids[:, p.positions[0]], p.positions, p.mask, p) for p in spans]
         positions = torch.arange(8, device=model.device)[None]
-        tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+        want = output.logits.float()
         for ours in (torch.cat(hidden, 1), self(ids, positions, None)):
             got = self.logits(ours).float()
-            if not torch.allclose(got, output.logits.float(), rtol=tolerance, atol=tolerance):
+            # In half precision single logits round by as much as they are, the more of them the deeper the model: by their spread
+            close = torch.allclose(got, want, rtol=1e-4, atol=1e-4) if model.dtype == torch.float32 else bool((got - want).std() < 0.1 * want.std())
+            if not close:
                 raise ModelError("its logits are not its output layer applied to its hidden states")
         return kv_shape
 
     def _adopt_linears(self, model: Any, bank: LoraBank) -> None:
-        """Replace the linear layers by ones that take adapters, under their own names."""
+        """Replace the linear layers by ones that take adapters, under their own names. What computes something else on top (a router) stays."""
+        plain = (nn.Linear.forward, Conv1D.forward)
         found = [
             (path, m)
             for path, m in model.named_modules()
-            if isinstance(m, nn.Linear | Conv1D) and m is not self.head
+            if isinstance(m, nn.Linear | Conv1D) and type(m).forward in plain and m is not self.head
         ]
         for path, module in found:
             is_conv = isinstance(module, Conv1D)

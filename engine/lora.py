@@ -31,6 +31,7 @@ REFUSED = {
     "alpha_pattern": {}, "layer_replication": None, "trainable_token_indices": None, "megatron_config": None,
     "target_parameters": None, "alora_invocation_tokens": None, "use_qalora": False,
 }  # fmt: skip
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # `init_lora_weights` that leave the base as it is; PiSSA, OLoRA and others change its weights
 
 
 class AdapterError(Exception):
@@ -223,6 +224,8 @@ class LoraBank:
         try:
             r, alpha = int(config["r"]), float(config["lora_alpha"])
             scaling = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+            if not math.isfinite(scaling):
+                raise ValueError(f"lora_alpha / r is {scaling}")
             targets = config["target_modules"]
             targets = [targets] if isinstance(targets, str) else [str(target) for target in targets]
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -352,6 +355,11 @@ class LoraBank:
         for key, neutral in REFUSED.items():
             if config.get(key) not in (neutral, None, False, [], {}):
                 raise AdapterError(f"{path / CONFIG} sets {key}, which is not supported: train it without")
+        if (start := config.get("init_lora_weights")) not in STARTS:
+            raise AdapterError(
+                f"{path / CONFIG} has init_lora_weights {str(start)[:40]!r}, which changes the base model's own weights: convert it to plain LoRA "
+                "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         return config
 
     @staticmethod

@@ -33,6 +33,8 @@ class CausalModel(nn.Module):
     ) -> None:
         super().__init__()
         text = config.get_text_config()
+        if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+            raise ModelError(f"{name} is stored quantised, which would be computed as if it were not: use its unquantised weights (`--int8` serves those in 8 bits)")
         self.source, self.directory = name, directory
         self.dtype, self.device = dtype, device
         self.lora = LoraBank(name)

@@ -174,6 +174,52 @@ def test_letters_typed_into_the_box_are_not_votes(visit: Visit, fake: Fake) -> N
     assert fake.votes == []
 
 
+def test_enter_while_replies_are_written_sends_nothing_and_leaves_one_writing(visit: Visit, fake: Fake) -> None:
+    fake.pause_s = 0.2
+    page = visit.open()
+    page.get_by_role("button", name="What are bees?").click()
+    page.wait_for_selector(".card .prose-box p:not(.dots)")
+    page.fill("#box textarea", "and what")
+    page.focus("#box textarea")
+    page.keyboard.press("Enter")
+    fake.pause_s = 0
+    page.wait_for_selector("[data-phase=choosing] .choices button")
+    page.keyboard.type(" is nice to them")  # a T is a tie and an N is none, where nobody is writing
+    expect(page.locator("#box textarea")).to_have_value("and what is nice to them")
+    time.sleep(0.5)
+    assert fake.votes == [] and len(fake.asked) == 1
+
+
+def test_a_better_reply_that_is_not_saved_is_not_lost_by_sending(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    visit.send("Hello")
+    page.keyboard.press("2")
+    page.wait_for_selector('.card.chosen [data-index="1"]')
+    page.keyboard.press("e")
+    page.fill("#draft textarea", "My own words")
+    for way in (lambda: page.click("#send"), lambda: page.evaluate("document.querySelector('#fresh').click()")):
+        page.fill("#box textarea", "And now?")
+        way()
+        expect(page.get_by_text("Please save it first").last).to_be_visible()
+        expect(page.locator("#draft textarea")).to_have_value("My own words")
+    assert len(fake.asked) == 1
+    page.click("#save-edit")
+    until(lambda: fake.votes[-1].get("edit") == "My own words")
+    expect(page.locator("#editor")).to_be_hidden()
+    page.click("#send")
+    until(lambda: len(fake.asked) == 2)
+    assert fake.asked[1]["messages"][1]["content"] == "My own words"
+
+
+def test_a_key_that_is_needed_all_at_once_can_be_given(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    fake.key = "plaudit-now"
+    page.wait_for_selector("#key input")
+    page.fill("#key input", "plaudit-now")
+    page.click("#use-key")
+    expect(page.locator("#key-panel")).to_be_hidden()
+
+
 def test_single_keys_can_be_switched_off_for_good(visit: Visit, fake: Fake) -> None:
     page = visit.open()
     page.evaluate("document.querySelector('#single-keys').click()")
@@ -374,6 +420,16 @@ def test_the_page_fits_a_phone(chromium: Any, site: tuple[Fake, str], fake: Fake
     visit.send("Hello")
     wide = "() => document.documentElement.scrollWidth"
     assert page.evaluate(wide) <= 390
+    fake.conversations = [{"conversation_id": "conv-7", "title": "What are bees?", "updated": time.time()}]
+    page.reload()
+    page.click("#sidebar .toggle-button")
+    page.click("#history .open")
+    expect(page.locator("#exchange .bubble")).to_contain_text("What are bees?")
+    page.wait_for_function("() => !document.elementFromPoint(195, 780).closest('#sidebar')")  # the list is out of the way
+    page.click("#sidebar .toggle-button")
+    page.click("#fresh")
+    page.wait_for_function("() => !document.elementFromPoint(195, 780).closest('#sidebar')")
+    visit.send("Hello")
     tops = [card.bounding_box()["y"] for card in page.locator(".card").all()]
     assert tops[1] > tops[0] + 50, "cards are below each other"
     background = page.evaluate("() => getComputedStyle(document.querySelector('.card')).backgroundColor")

@@ -117,7 +117,7 @@ def test_the_learner_started_by_hand_has_the_servers_settings(tmp_path: Path, mo
 
 
 def test_a_chat_in_the_terminal_outlives_a_refusal_and_an_odd_pick(monkeypatch: pytest.MonkeyPatch) -> None:
-    typed = iter(["hello", "", "too much", "and now?", "\u00b2", "2"])  # an empty line is no vote
+    typed = iter(["hello", "", "too much", "and now?", "\u00b2", "2", "bad?", "0", "last"])  # an empty line is no vote
     sent: list[Any] = []
 
     def typing(*_: Any) -> str:
@@ -139,7 +139,8 @@ def test_a_chat_in_the_terminal_outlives_a_refusal_and_an_odd_pick(monkeypatch: 
     result = run("chat")
     assert result.exit_code == 0 and "not answered: over quota" in result.output
     assert [m["content"] for m in sent[2][1]["messages"]] == ["hello", "A", "and now?"]  # what was refused is not part of it
-    assert sent[3] == ("vote", {"favourite": 1})
+    assert sent[3] == ("vote", {"favourite": 1}) and sent[5] == ("vote", {"verdict": "none"})
+    assert [m["content"] for m in sent[6][1]["messages"]] == ["hello", "A", "and now?", "B", "last"]  # none was good: nothing of it goes on
 
 
 def test_no_proxy_sees_what_is_said_to_a_server_on_this_machine(monkeypatch: pytest.MonkeyPatch, another_server: str) -> None:
@@ -266,12 +267,26 @@ def test_votes_go_in_and_come_out(tmp_path: Path) -> None:
     assert item.vote.voter == f"import:{VoterHash(tmp_path / 'data')('ann@example.org')}"  # salted: a list of names does not tell whose it is
 
 
+def test_a_reader_that_has_had_enough_of_an_export_ends_it_quietly(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({**ROW, "prompt": f"Hi {n}"}) + "\n" for n in range(3000)))
+    data = str(tmp_path / "data")
+    assert run("import", str(tmp_path / "in.jsonl"), "--data-dir", data).exit_code == 0
+    command = [sys.executable, "-m", "plaudit", "export", "--data-dir", data]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as whole:
+        assert whole.stdout is not None and whole.stderr is not None
+        assert json.loads(whole.stdout.readline())["prompt"]
+        whole.stdout.close()
+        assert whole.stderr.read() == b"" and whole.wait(60) == 0
+
+
 def test_keys_are_shown_once_listed_without_their_secret_and_revoked(tmp_path: Path) -> None:
     data = ["--data-dir", str(tmp_path)]
     made = run("keys", "add", "ann", "--role", "operator", *data)
     key = made.stdout.strip()
     assert "everyone needs a key" in made.stderr and not run("keys", "add", "ben", *data).stderr
+    run("keys", "add", "zoe [home] [/b]", *data)
     listed = run("keys", "list", *data).output
+    assert "zoe [home] [/b]" in listed  # as it is, not as markup
     assert key.startswith("plaudit-") and "ann" in listed and key not in listed
     assert key not in (tmp_path / "keys.json").read_text()
     assert run("keys", "revoke", key.split("-")[1], *data).exit_code == 0

@@ -311,6 +311,10 @@ def test_half_a_pair_is_refused(saved: tuple[CausalModel, Path]) -> None:
         ({"r": 10**400}, "lacks a usable r"),
         ({"target_modules": None}, "lacks a usable r, lora_alpha or target_modules"),
         ({"lora_alpha": "much"}, "lacks a usable r"),
+        ({"lora_alpha": math.nan}, "lacks a usable r"),
+        ({"lora_alpha": math.inf}, "lacks a usable r"),
+        ({"init_lora_weights": "pissa"}, "changes the base model's own weights"),
+        ({"init_lora_weights": "olora"}, "convert it to plain LoRA"),
         ({"r": 8}, r"has shape \(4, 64\), this model needs \(8, 64\)"),
     ],
 )

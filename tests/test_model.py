@@ -202,6 +202,43 @@ def test_an_architecture_that_does_something_else_to_its_logits_is_refused(tiny_
         CausalModel.load(tiny_any)
 
 
+def test_quantised_weights_are_refused_and_not_computed_as_if_they_were_plain(tiny_any: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_any, tmp_path / "quantised")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}}))
+    with pytest.raises(ModelError, match="stored quantised"):
+        CausalModel.load(copy)
+
+
+def test_a_router_that_is_a_linear_layer_and_more_stays_as_it_is(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "phimoe", vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.arange(5, 17)[None]
+    ours = CausalModel.load(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4)
+    assert not any("router" in path or path.endswith("gate") for linear in ours.lora.linears for part in linear.parts for path in [part.path])
+
+
+@pytest.mark.parametrize("family", ["phi3", "olmo2"])
+def test_a_deep_model_in_half_precision_is_not_taken_for_another(family: str, tmp_path: Path) -> None:
+    """Its logits are as wide as a trained model's, so each rounds by more than a tenth."""
+    config = AutoConfig.for_model(
+        family, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=16, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        theirs.lm_head.weight *= 5 / float(theirs(torch.arange(5, 17)[None]).logits.std())
+    theirs.save_pretrained(tmp_path)
+    CausalModel.load(tmp_path, dtype=torch.bfloat16)
+
+
 def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
     config = AutoConfig.for_model("mamba", vocab_size=512, hidden_size=32, num_hidden_layers=1, state_size=4)
     save_random(tmp_path, config)

@@ -280,6 +280,28 @@ def test_a_page_that_is_slow_to_open_leaves_what_was_begun_meanwhile() -> None:
     asyncio.run(run())
 
 
+def test_a_message_that_is_too_long_by_itself_is_said_to_be_and_costs_no_memory_of_what_went_before() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        fake.fail = error(400, "too many tokens", code="context_length_exceeded")
+        await said(page, chat, "moon " * 9)
+        assert chat.problem == "This message is too long for this model. Please shorten it." and not chat.too_long
+        fake.fail = None
+        await said(page, chat, "Hi")
+        fake.fail = error(400, "too many tokens", code="context_length_exceeded")
+        await said(page, chat, "bees " * 9)
+        assert "conversation" in chat.problem and chat.too_long and chat.unseen == 0
+        async for _ in page.asked("", 2, chat, {}, at(), event(act="shorter")):
+            pass
+        assert "message is too long" in chat.problem and chat.unseen == 0
+        fake.fail = None
+        await said(page, chat, "And?")
+        assert [m["content"] for m in fake.asked[-1]["messages"]] == ["Hi", TEXTS[0], "And?"]
+
+    asyncio.run(run())
+
+
 def at(**headers: str) -> Any:
     """A request of a browser."""
     return SimpleNamespace(headers=headers)

@@ -65,15 +65,15 @@ class _Page:
             return cards.past([], None)
 
     async def tick(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
-        """masthead, status: asked for every two seconds."""
+        """masthead, status, key panel: asked for every two seconds."""
         try:
             status = await self.client.status(visitor_of(identity, request, chat))
         except Problem as problem:
-            return gr.skip(), cards.status(cards.trouble(problem))
+            return gr.skip(), cards.status(cards.trouble(problem)), _shown(True) if problem.needs_key else gr.skip()
         chat.live_when_opened = chat.live_when_opened or status.get("live")
         return (
             cards.masthead("chat", status.get("live")),
-            cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)),
+            cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)), gr.skip(),
         )
 
     async def found_again(self, chat: Chat, who: Visitor, conversation: str | None) -> Chat:
@@ -87,10 +87,13 @@ class _Page:
             return chat
 
     async def typed(
-        self, text: str, n: int, shown: str, chat: Chat, identity: Any, request: gr.Request
+        self, text: str, n: int, shown: str, chat: Chat, identity: Any, request: gr.Request, draft: str = ""
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """A message was sent from the box. shown: the conversation that the page shows, if any."""
+        """A message was sent from the box. shown: the conversation that the page shows, if any. draft: what is in the editor."""
         who = visitor_of(identity, request, chat)
+        if _unsaved(chat, draft):
+            yield (gr.skip(),) * 8
+            return
         chat = await self.found_again(chat, who, shown or None)
         async for update in self.converse(text, n, chat, who):
             yield update
@@ -109,12 +112,15 @@ class _Page:
                 yield (gr.skip(),) * 8
                 return
             chat = found
+            unseen = chat.unseen
             if event._data.get("act") == "shorter":
                 chat.forget()
             if chat.choice == "none":  # nothing of it goes on; do not keep an empty turn as well
                 chat.phase = "stopped"
         async for _, *rest in self.converse(text, n, chat, who):
             yield "" if (typed or "").strip() == text else gr.skip(), *rest  # what else is in the box was not sent
+        if event._data.get("act") == "shorter" and chat.phase == "failed":
+            chat.unseen = unseen  # it was not what was in the way, or not alone
 
     async def converse(self, text: str, n: int, chat: Chat, who: Visitor) -> AsyncIterator[tuple[Any, ...]]:
         """box, thread, exchange, send, stop, edit panel, key panel, chat: while the replies are written."""
@@ -145,6 +151,8 @@ class _Page:
             chat.conversation_id = conversation_id or chat.conversation_id
         chat.phase, chat.problem = ("failed", str(problem)) if problem else ("choosing", "")
         chat.too_long = problem is not None and problem.too_long and bool(chat.history())
+        if problem is not None and problem.too_long and not chat.too_long:
+            chat.problem = "This message is too long for this model. Please shorten it."
         yield (
             gr.skip(), gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(),
             _shown(True) if problem and problem.needs_key else gr.skip(), chat,
@@ -254,8 +262,10 @@ class _Page:
             status = {}
         return cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened))
 
-    async def restart(self, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
+    async def restart(self, chat: Chat, identity: Any, request: gr.Request, draft: str = "") -> tuple[Any, ...]:
         """thread, exchange, send, stop, edit panel, history, chat: a new conversation."""
+        if _unsaved(chat, draft):
+            return (*(gr.skip(),) * 6, chat)
         fresh = Chat().after(chat)
         chat.phase, chat.number = "stopped", fresh.number  # whatever is under way for it is no longer shown
         return await self._switched(fresh, visitor_of(identity, request, chat))
@@ -311,10 +321,22 @@ def _open_editor(chat: Chat, index: int | None, draft: str) -> tuple[Any, ...]:
     if chat.editing is not None:
         chat.drafts[chat.editing] = draft or ""  # not saved, and not lost
     chat.editing, chat.problem = index, ""
-    saved = chat.edit if chat.edit and chat.choice in (index, "none") else chat.replies[index].text if index >= 0 else ""
-    text = chat.drafts.get(index, saved)
+    text = chat.drafts.get(index, _as_saved(chat, index))
     label = f"Make reply {index + 1} better" if index >= 0 else "Write the reply you would have liked"
     return cards.exchange(chat), gr.skip(), _shown(True), gr.update(value=text, label=label), gr.skip(), chat
+
+
+def _as_saved(chat: Chat, index: int) -> str:
+    """What the editor of a reply begins with: its last saved edit, or the reply."""
+    return chat.edit if chat.edit and chat.choice in (index, "none") else chat.replies[index].text if index >= 0 else ""
+
+
+def _unsaved(chat: Chat, draft: str) -> bool:
+    """Whether the open editor holds a reply that somebody wrote and has not saved; then says so."""
+    if chat.editing is None or (draft or "").strip() in ("", _as_saved(chat, chat.editing).strip()):
+        return False
+    gr.Warning("You are writing a better reply. Please save it first, or cancel it.")
+    return True
 
 
 def _index(data: dict[str, Any], chat: Chat) -> int | None:
@@ -391,10 +413,10 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         acted = [exchange, status, editor, draft, key_panel, chat]
         switched = [thread, exchange, send, stop, editor, history, chat]
         page.load(on.opened, [identity, chat], opened, **HIDDEN)
-        timer.tick(on.tick, [identity, chat], [masthead, status], **HIDDEN)
+        timer.tick(on.tick, [identity, chat], [masthead, status, key_panel], **HIDDEN)
         streams = [
-            box.submit(on.typed, [box, replies, shown, chat, identity], talk, js=SHOWN, **HIDDEN),
-            send.click(on.typed, [box, replies, shown, chat, identity], talk, js=SHOWN, **HIDDEN),
+            box.submit(on.typed, [box, replies, shown, chat, identity, draft], talk, js=SHOWN, **HIDDEN),
+            send.click(on.typed, [box, replies, shown, chat, identity, draft], talk, js=SHOWN, **HIDDEN),
             thread.ask(on.asked, [box, replies, chat, identity], talk, **HIDDEN),
             exchange.ask(on.asked, [box, replies, chat, identity], talk, **HIDDEN),
         ]
@@ -405,7 +427,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         save.click(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
         draft.submit(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
         drop.click(on.cancel_edit, [chat], [editor, chat], **HIDDEN)
-        fresh.click(on.restart, [chat, identity], switched, cancels=streams, **HIDDEN)
+        fresh.click(on.restart, [chat, identity, draft], switched, cancels=streams, **HIDDEN)
         history.act(on.past, [chat, identity], switched, cancels=streams, **HIDDEN)
         for trigger in (keep.click, key.submit):
             trigger(on.keep_key, [key, identity], [identity, key], **HIDDEN).then(on.opened, [identity, chat], opened, **HIDDEN)

@@ -49,10 +49,17 @@
   // After sending, the keys pick: leave the box. It stays focused on what was typed when nothing was sent.
   function sent(event) {
     const box = composer();
-    if (!box) return;
+    if (!box || !box.value.trim() || document.querySelector('#exchange [data-phase="streaming"]')) return;
     const entered = event.type === "keydown" && event.target === box && event.key === "Enter" && !event.shiftKey;
     const clicked = event.type === "click" && event.target.closest && event.target.closest("#send");
-    if ((entered && !event.isComposing && box.value.trim()) || clicked) setTimeout(() => box.blur(), 30);
+    if ((entered && !event.isComposing) || clicked) setTimeout(() => box.blur(), 30);
+  }
+
+  // On a phone the list lies over the page: a conversation that was chosen there is what one wants to see.
+  function chosen(event) {
+    if (!event.target.closest || !event.target.closest("#fresh, #history .open") || !matchMedia("(max-width: 768px)").matches) return;
+    const close = document.querySelector("#sidebar.open .toggle-button, .sidebar.open .toggle-button");
+    if (close) close.click();
   }
 
   // Times are the server's; show them on the reader's own clock.
@@ -91,6 +98,7 @@
   document.addEventListener("keydown", sent, true);
   document.addEventListener("click", sent, true);
   document.addEventListener("click", toggle);
+  document.addEventListener("click", chosen, true);
   let queued = false;
   new MutationObserver(() => {
     if (queued) return;
