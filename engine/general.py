@@ -117,17 +117,23 @@ class General(nn.Module):
             raise ModelError("its layers do not all keep keys and values of one shape")
         ((kv_heads, head_dim),) = shapes
         kv_shape = (len(layers), kv_heads, head_dim)
-        cache = KVCache(*kv_shape, max_rows=1, max_length=8, dtype=model.dtype, device=model.device)
+        cache = KVCache(*kv_shape, max_rows=2, max_length=8, dtype=model.dtype, device=model.device)
         spans: list[Prompt | Rows] = [Prompt(cache, 0, 0, 6), Rows(cache, [6]), Rows(cache, [7])]
         hidden = [self(ids[:, p.positions[0]], p.positions, p.mask, p) for p in spans]
-        positions = torch.arange(8, device=model.device)[None]
-        want = output.logits.float()
-        for ours in (torch.cat(hidden, 1), self(ids, positions, None)):
+        short, apart = Prompt(cache, 1, 0, 3), Rows(cache, [6, 3])  # rows of different lengths: each has its own positions, or they are the longest row's
+        self(ids[:, :3], short.positions, short.mask, short)
+        beside = self(ids[0, apart.at][:, None], apart.positions, apart.mask, apart)
+        positions, wanted = torch.arange(8, device=model.device)[None], output.logits.float()
+        head = "its logits are not its output layer applied to its hidden states"
+        for ours, want, wrong in (
+            (torch.cat(hidden, 1), wanted, head), (self(ids, positions, None), wanted, head),
+            (beside[:, 0], wanted[0, apart.at], "replies of different lengths do not keep positions of their own in it"),
+        ):  # fmt: skip
             got = self.logits(ours).float()
             # In half precision single logits round by as much as they are, the more of them the deeper the model: by their spread
             close = torch.allclose(got, want, rtol=1e-4, atol=1e-4) if model.dtype == torch.float32 else bool((got - want).std() < 0.1 * want.std())
             if not close:
-                raise ModelError("its logits are not its output layer applied to its hidden states")
+                raise ModelError(wrong)
         return kv_shape
 
     def _adopt_linears(self, model: Any, bank: LoraBank) -> None:

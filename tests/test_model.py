@@ -239,6 +239,17 @@ def test_a_deep_model_in_half_precision_is_not_taken_for_another(family: str, tm
     CausalModel.load(tmp_path, dtype=torch.bfloat16)
 
 
+def test_a_model_whose_positions_are_those_of_the_longest_row_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bart", is_decoder=True, vocab_size=512, d_model=64, decoder_layers=2, encoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="positions of their own"):
+        CausalModel.load(tmp_path)
+
+
 def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
     config = AutoConfig.for_model("mamba", vocab_size=512, hidden_size=32, num_hidden_layers=1, state_size=4)
     save_random(tmp_path, config)
