@@ -211,6 +211,25 @@ def test_a_better_reply_that_is_not_saved_is_not_lost_by_sending(visit: Visit, f
     assert fake.asked[1]["messages"][1]["content"] == "My own words"
 
 
+def test_what_is_in_the_box_outlives_a_reload_and_a_look_at_the_operators_page(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    page.fill("#box textarea", "Half a thought")
+    page.reload()
+    expect(page.locator("#box textarea")).to_have_value("Half a thought")
+    visit.open("/operator/")
+    visit.open()
+    expect(page.locator("#box textarea")).to_have_value("Half a thought")
+    page.focus("#box textarea")
+    page.keyboard.type(" more")
+    page.keyboard.press("Enter")
+    expect(page.locator("#exchange .bubble")).to_contain_text("Half a thought more")
+    page.wait_for_selector("[data-phase=choosing] .choices button")
+    page.reload()
+    page.wait_for_function("() => document.querySelector('.masthead .live')")
+    time.sleep(0.5)
+    assert page.input_value("#box textarea") == "" and len(fake.asked) == 1
+
+
 def test_a_key_that_is_needed_all_at_once_can_be_given(visit: Visit, fake: Fake) -> None:
     page = visit.open()
     fake.key = "plaudit-now"

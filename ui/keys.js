@@ -46,13 +46,32 @@
     }
   }
 
+  // What is in the box outlives a reload and a look at another page, in this tab: nobody has it but the browser.
+  const BOX = "plaudit.box";
+  let shown = null;
+  function keep(event) {
+    if (event.target === composer()) sessionStorage.setItem(BOX, event.target.value);
+  }
+
+  function giveBack() {
+    const box = composer();
+    if (!box || box === shown) return;
+    shown = box;
+    const kept = sessionStorage.getItem(BOX);
+    if (!kept || box.value) return;
+    box.value = kept;
+    box.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+
   // After sending, the keys pick: leave the box. It stays focused on what was typed when nothing was sent.
   function sent(event) {
     const box = composer();
     if (!box || !box.value.trim() || document.querySelector('#exchange [data-phase="streaming"]')) return;
     const entered = event.type === "keydown" && event.target === box && event.key === "Enter" && !event.shiftKey;
     const clicked = event.type === "click" && event.target.closest && event.target.closest("#send");
-    if ((entered && !event.isComposing) || clicked) setTimeout(() => box.blur(), 30);
+    if (!((entered && !event.isComposing) || clicked)) return;
+    sessionStorage.removeItem(BOX);
+    setTimeout(() => box.blur(), 30);
   }
 
   // On a phone the list lies over the page: a conversation that was chosen there is what one wants to see.
@@ -99,6 +118,7 @@
   document.addEventListener("click", sent, true);
   document.addEventListener("click", toggle);
   document.addEventListener("click", chosen, true);
+  document.addEventListener("input", keep, true);
   let queued = false;
   new MutationObserver(() => {
     if (queued) return;
@@ -107,6 +127,7 @@
       queued = false;
       localTimes(document);
       showKeys();
+      giveBack();
       follow();
     });
   }).observe(document.documentElement, { childList: true, subtree: true, characterData: true });
