@@ -53,6 +53,7 @@ ApiKey = Annotated[str | None, typer.Option("--key", envvar="PLAUDIT_KEY", help=
 DataDir = Annotated[Path | None, typer.Option(help="directory that holds all state  \\[default: plaudit-data]")]
 ModelName = Annotated[str | None, typer.Option(help="base model: a directory or a hub id  \\[default: the bundled starter model]")]
 DEFAULT_URL = "http://127.0.0.1:7860"
+NONE_GOOD = -1  # a pick in `plaudit chat`
 
 
 def main() -> None:
@@ -539,9 +540,6 @@ def chat(
             out.print("your message is left out of what follows: say it again to get other replies", highlight=False)
         else:
             messages.append({"role": "assistant", "content": replies[pick or 0]})
-
-
-NONE_GOOD = -1
 
 
 def ask_for_pick(n: int) -> int | None:

@@ -276,18 +276,19 @@ class Deployment:
 
     async def _ask_about_the_next(self) -> None:
         """In canary mode: once votes have decided about a candidate, the newest version since is the next."""
-        if self.settings.promotion != "canary" or self.candidate is not None or self.waiting is None:
+        if self.settings.promotion != "canary":
             return
-        async with self._lock:
-            version, self.waiting = self.waiting, None
-            if self.candidate is not None or version in (self.live, self.previous):
+        async with self._lock:  # an upload and the poll may look at the same time
+            version = self.waiting
+            if self.candidate is not None or version is None:
                 return
-            try:
-                await self._load(version)
-            except Unfit as unfit:
-                self._note_refusal(version, str(unfit))
-                return
-            await self._deploy(self.live, self.previous, version, AUTO, "canary")
+            if version not in (self.live, self.previous):
+                try:
+                    await self._load(version)
+                    await self._deploy(self.live, self.previous, version, AUTO, "canary")
+                except Unfit as unfit:
+                    self._note_refusal(version, str(unfit))
+            self.waiting = None  # where it could not be recorded it waits on
 
     async def _record(self, manifest: Manifest, status: str) -> None:
         await self._db(self.store.take_in_adapter, manifest.to_dict(), status)

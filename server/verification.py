@@ -30,7 +30,7 @@ def probe_gap(published: Mapping[str, Any], served: Mapping[str, Any], tolerance
     """
     try:
         ids, values = [int(i) for i in published["top_ids"]], [float(v) for v in published["top_logprobs"]]
-    except (KeyError, TypeError, ValueError):  # no digest covers the manifest itself
+    except (KeyError, TypeError, ValueError, OverflowError):  # no digest covers the manifest itself
         ids, values = [], []
     if not ids or len(ids) != len(values):
         raise Unfit("its manifest has no probe to check the served weights with")

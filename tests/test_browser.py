@@ -190,18 +190,23 @@ def test_enter_while_replies_are_written_sends_nothing_and_leaves_one_writing(vi
     assert fake.votes == [] and len(fake.asked) == 1
 
 
-def test_a_better_reply_that_is_not_saved_is_not_lost_by_sending(visit: Visit, fake: Fake) -> None:
+def test_a_better_reply_that_is_not_saved_is_not_lost_by_going_on(visit: Visit, fake: Fake) -> None:
+    fake.conversations = [{"conversation_id": "conv-7", "title": "What are bees?", "updated": time.time()}]
     page = visit.open()
     visit.send("Hello")
     page.keyboard.press("2")
     page.wait_for_selector('.card.chosen [data-index="1"]')
     page.keyboard.press("e")
     page.fill("#draft textarea", "My own words")
-    for way in (lambda: page.click("#send"), lambda: page.evaluate("document.querySelector('#fresh').click()")):
+    ways = (lambda: page.click("#send"), *(lambda it=it: page.evaluate(f"document.querySelector('{it}').click()") for it in ("#fresh", "#history .open")))
+    for way in ways:
         page.fill("#box textarea", "And now?")
         way()
         expect(page.get_by_text("Please save it first").last).to_be_visible()
         expect(page.locator("#draft textarea")).to_have_value("My own words")
+        expect(page.locator("#exchange .bubble")).to_contain_text("Hello")
+        page.get_by_label("close").or_(page.locator(".toast-close")).last.click()
+        expect(page.get_by_text("Please save it first")).to_have_count(0)
     assert len(fake.asked) == 1
     page.click("#save-edit")
     until(lambda: fake.votes[-1].get("edit") == "My own words")

@@ -83,7 +83,7 @@ def test_the_probe_allows_a_thousandth_of_a_nat(values: list[float], fits: bool)
 
 @pytest.mark.parametrize("published", [
     {}, {"top_ids": [7]}, {"top_ids": [7], "top_logprobs": [None]}, {"top_ids": [7], "top_logprobs": ["x"]}, {"top_ids": 7, "top_logprobs": -1.0},
-    {"top_ids": [[7]], "top_logprobs": [-1.0]},
+    {"top_ids": [[7]], "top_logprobs": [-1.0]}, {"top_ids": [float("inf")], "top_logprobs": [-1.0]},
 ])
 def test_a_probe_that_cannot_be_read_is_unfit(published: dict[str, Any]) -> None:
     with pytest.raises(Unfit, match="no probe"):
@@ -377,6 +377,24 @@ def test_in_canary_mode_a_newer_version_waits_until_votes_have_decided(tiny_llam
                 break
         running.until(lambda: deployment.candidate == newer[-1])
         assert deployment.live == (others[-1] if loved else "base")
+
+
+def test_a_version_that_could_not_be_made_the_candidate_waits_on(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama, promotion="canary")) as running:
+        deployment, refused = running.runtime.deployment, list[str]()
+        deploy = deployment._deploy
+
+        async def full(*args: Any, **kwargs: Any) -> None:
+            if not refused:
+                refused.append(args[-1])
+                raise DiskFull("the disk is full")
+            await deploy(*args, **kwargs)
+
+        monkeypatch.setattr(deployment, "_deploy", full)
+        version = publish_random(registry, tiny_llama)
+        running.until(lambda: deployment.candidate == version)
+        assert refused == ["canary"] and deployment.waiting is None
 
 
 def gone_live(running: Served, registry: AdapterRegistry, model: Path, seed: int) -> str:

@@ -236,7 +236,10 @@ def test_a_deep_model_in_half_precision_is_not_taken_for_another(family: str, tm
     with torch.no_grad():
         theirs.lm_head.weight *= 5 / float(theirs(torch.arange(5, 17)[None]).logits.std())
     theirs.save_pretrained(tmp_path)
-    CausalModel.load(tmp_path, dtype=torch.bfloat16)
+    ours, ids = CausalModel.load(tmp_path, dtype=torch.bfloat16), torch.arange(5, 17)[None]
+    with torch.no_grad():
+        got, want = ours.logits(ours(ids)).float(), theirs.eval()(ids).logits
+    assert (got - want).std() < 0.1 * want.std()
 
 
 def test_a_model_whose_positions_are_those_of_the_longest_row_is_refused(tmp_path: Path) -> None:

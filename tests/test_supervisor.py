@@ -110,6 +110,7 @@ def test_a_program_that_is_not_there_counts_as_a_crash(tmp_path: Path) -> None:
         supervisor = Supervisor([str(tmp_path / "absent")], tmp_path / "learner.log", backoff=QUICK)
         await supervisor.start()
         await until(lambda: supervisor.degraded)
+        assert supervisor.crashes >= QUICK.degraded_after and supervisor.reason is not None and not supervisor.running
         await supervisor.stop()
 
     asyncio.run(scenario())

@@ -270,8 +270,10 @@ class _Page:
         chat.phase, chat.number = "stopped", fresh.number  # whatever is under way for it is no longer shown
         return await self._switched(fresh, visitor_of(identity, request, chat))
 
-    async def past(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
+    async def past(self, chat: Chat, identity: Any, request: gr.Request, event: gr.EventData, draft: str = "") -> tuple[Any, ...]:
         """The same outputs: an old conversation was opened or erased."""
+        if event._data.get("act") != "erase" and _unsaved(chat, draft):
+            return (*(gr.skip(),) * 6, chat)
         who, data, fresh = visitor_of(identity, request, chat), event._data, Chat().after(chat)
         chosen = str(data.get("id") or "")
         chat.phase = "stopped" if chat.phase == "streaming" else chat.phase  # Gradio has cancelled what was being written
@@ -428,7 +430,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         draft.submit(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
         drop.click(on.cancel_edit, [chat], [editor, chat], **HIDDEN)
         fresh.click(on.restart, [chat, identity, draft], switched, cancels=streams, **HIDDEN)
-        history.act(on.past, [chat, identity], switched, cancels=streams, **HIDDEN)
+        history.act(on.past, [chat, identity, draft], switched, cancels=streams, **HIDDEN)
         for trigger in (keep.click, key.submit):
             trigger(on.keep_key, [key, identity], [identity, key], **HIDDEN).then(on.opened, [identity, chat], opened, **HIDDEN)
     page.queue(default_concurrency_limit=None, api_open=False)
