@@ -207,6 +207,7 @@ def test_a_better_reply_that_is_not_saved_is_not_lost_by_going_on(visit: Visit, 
         expect(page.locator("#exchange .bubble")).to_contain_text("Hello")
         page.get_by_label("close").or_(page.locator(".toast-close")).last.click()
         expect(page.get_by_text("Please save it first")).to_have_count(0)
+        assert page.evaluate("sessionStorage.getItem('plaudit.box')") == "And now?", "what was held back is kept as what was never sent"
     assert len(fake.asked) == 1
     page.click("#save-edit")
     until(lambda: fake.votes[-1].get("edit") == "My own words")
@@ -230,9 +231,35 @@ def test_what_is_in_the_box_outlives_a_reload_and_a_look_at_the_operators_page(v
     expect(page.locator("#exchange .bubble")).to_contain_text("Half a thought more")
     page.wait_for_selector("[data-phase=choosing] .choices button")
     page.reload()
-    page.wait_for_function("() => document.querySelector('.masthead .live')")
+    page.wait_for_selector("[data-phase=choosing] .choices button")
     time.sleep(0.5)
     assert page.input_value("#box textarea") == "" and len(fake.asked) == 1
+
+
+def test_a_reload_shows_the_conversation_again_until_another_is_begun(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    visit.send("Hello")
+    visit.open("/operator/")
+    visit.open()
+    page.wait_for_selector('[data-conversation="conv-1"][data-phase=choosing]')
+    page.locator(".card").nth(1).click()
+    page.wait_for_selector(".card.chosen")
+    assert fake.votes == [{"comparison": "cmp-7", "favourite": 1}]
+    page.click("#sidebar .toggle-button")
+    page.click("#fresh")
+    page.wait_for_selector("section.welcome")
+    page.reload()
+    page.wait_for_function("() => document.querySelector('.masthead .live')")
+    time.sleep(1)
+    assert page.locator("section.welcome").is_visible() and page.locator("#exchange .card").count() == 0
+
+
+def test_a_long_text_is_not_cut_in_the_box(visit: Visit, fake: Fake) -> None:
+    page = visit.open()
+    page.fill("#box textarea", "word " * 8000 + "end")
+    page.keyboard.press("Enter")
+    until(lambda: fake.asked)
+    assert fake.asked[0]["messages"][0]["content"].endswith("word end")
 
 
 def test_a_key_that_is_needed_all_at_once_can_be_given(visit: Visit, fake: Fake) -> None:

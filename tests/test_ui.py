@@ -296,8 +296,60 @@ def test_a_message_that_is_too_long_by_itself_is_said_to_be_and_costs_no_memory_
             pass
         assert "message is too long" in chat.problem and chat.unseen == 0
         fake.fail = None
+        await said(page, chat, "Once more")
+        await said(page, chat, "And more")
+        fake.fail = error(400, "too many tokens", code="context_length_exceeded")
+        await said(page, chat, "bees " * 9)
+        updates = [update async for update in page.asked("", 2, chat, {}, at(), event(act="shorter"))]
+        threads = [update[1] for update in updates if update[1] != gr.skip()]
+        assert "no longer sees" in threads[0] and "no longer sees" not in threads[-1], "it stays true what the page says is seen"
+        fake.fail = None
         await said(page, chat, "And?")
-        assert [m["content"] for m in fake.asked[-1]["messages"]] == ["Hi", TEXTS[0], "And?"]
+        assert [m["content"] for m in fake.asked[-1]["messages"]][:2] == ["Hi", TEXTS[0]]
+
+    asyncio.run(run())
+
+
+def test_a_page_that_is_loaded_anew_goes_on_with_its_conversation() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, who = _Page(client_of(fake.app())), {"voter": "ann"}
+        new = Chat()
+        *shown, chat = await page.came_back("conv-9", new, who, at())
+        assert (chat.conversation_id, chat.phase, chat.speaker()) == ("conv-9", "choosing", new.speaker()) and "What are bees?" in shown[1]
+        begun = Chat()
+        await said(page, begun, "Hi")
+        assert await page.came_back("conv-9", begun, who, at()) == (*(gr.skip(),) * 6, begun)
+        fake.erased.append("conv-9")
+        fresh = Chat()
+        for before in ("conv-9", ""):
+            assert await page.came_back(before, fresh, who, at()) == (*(gr.skip(),) * 6, fresh)
+
+    asyncio.run(run())
+
+
+def test_a_conversation_that_was_erased_in_another_window_says_so() -> None:
+    async def run() -> None:
+        fake = Fake()
+        page, chat = _Page(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        fake.kept.clear()
+        await said(page, chat, "And?")
+        assert chat.phase == "failed" and "start a new one" in chat.problem
+
+    asyncio.run(run())
+
+
+def test_older_conversations_are_listed_when_asked_for() -> None:
+    async def run() -> None:
+        fake = Fake()
+        fake.conversations = [{"conversation_id": f"conv-{i}", "title": "x", "updated": 1.0} for i in range(160)]
+        page, chat = _Page(client_of(fake.app())), Chat()
+        shown = [await page.listed(WHO, chat)]
+        while "Show older" in shown[-1]:
+            history, chat = await page.older(Chat().after(chat), {}, at())
+            shown.append(history)
+        assert [text.count("<li") for text in shown] == [50, 150, 160]
 
     asyncio.run(run())
 

@@ -94,11 +94,13 @@ class Fake:
             return self.status
 
         @api.get("/v1/conversations")
-        async def conversations() -> dict[str, Any]:
-            return {"data": self.conversations}
+        async def conversations(limit: int = 50) -> dict[str, Any]:
+            return {"data": self.conversations[:limit]}
 
         @api.get("/v1/conversations/{conversation}")
-        async def conversation(conversation: str) -> dict[str, Any]:
+        async def conversation(conversation: str) -> Any:
+            if conversation in self.erased:
+                return error(404, "there is no such conversation of yours")
             self.kept.add(conversation)
             choices = [{"index": i, "text": TEXTS[i], "finish_reason": "stop"} for i in range(2)]
             question = [{"role": "user", "content": "What are bees?"}]

@@ -156,12 +156,12 @@ def trouble(problem: Exception) -> str:
     return f'<span class="problem">{plain(problem)}</span>'
 
 
-def past(rows: list[dict[str, Any]], current: str | None) -> str:
-    """The list of past conversations."""
+def past(rows: list[dict[str, Any]], current: str | None, more: bool = False) -> str:
+    """The list of past conversations. more: whether there are older ones."""
     if not rows:
         return '<p class="note">Your conversations will be listed here.</p>'
     items = []
-    for row in rows[:50]:
+    for row in rows:
         name = plain(row.get("conversation_id") or row.get("id") or "")
         title = plain(_title(row))
         here = ' aria-current="true"' if name and name == current else ""
@@ -171,7 +171,8 @@ def past(rows: list[dict[str, Any]], current: str | None) -> str:
             f'<button type="button" class="erase" data-act="erase" data-id="{name}" aria-label="Erase: {title}" title="Erase" '
             'data-confirm="Erase this conversation? Its words and its votes will be gone.">×</button></li>'
         )
-    return f'<ul class="past">{"".join(items)}</ul>'
+    older = '<button type="button" class="choice older" data-act="older">Show older ones</button>' if more else ""
+    return f'<ul class="past">{"".join(items)}</ul>{older}'
 
 
 def _title(row: dict[str, Any]) -> str:

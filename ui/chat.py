@@ -21,6 +21,10 @@ from ui.theme import ACTING, HIDDEN
 
 POLL_S = 2.0
 MAX_REPLIES = 4
+MOST_LISTED = 999  # past conversations: the API gives a thousand at most
+MORE = 100  # past conversations that "Show older ones" adds to the list
+# The conversation that this tab showed before it was loaded anew (keys.js keeps its id)
+BEFORE = "(before, ...rest) => [sessionStorage.getItem('plaudit.open') || '', ...rest]"
 # A message goes with the conversation that the page shows; what it came with is left as it is
 SHOWN = "(text, n, shown, ...rest) => [text, n, document.querySelector('section.exchange')?.dataset.conversation || '', ...rest]"
 
@@ -57,12 +61,24 @@ class _Page:
             cards.status(status_line(status)), _shown(False),
         )
 
+    async def came_back(self, before: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
+        """As `past`: a page that was loaded anew goes on with what it showed, unless something was begun meanwhile or it is no longer there."""
+        who, nothing = visitor_of(identity, request, chat), (*(gr.skip(),) * 6, chat)
+        if not before or not chat.untouched:
+            return nothing
+        try:
+            found = Chat.reopened(await self.client.conversation(who, before)).after(chat)
+        except Problem:  # whoever erased it knows, and it is not what this page was opened for
+            return nothing
+        return await self._switched(found, who) if chat.untouched else nothing
+
     async def listed(self, who: Visitor, chat: Chat) -> str:
         """The list of past conversations; empty when it cannot be had."""
         try:
-            return cards.past(await self.client.conversations(who), chat.conversation_id)
+            rows = await self.client.conversations(who, chat.listed + 1)
         except Problem:
             return cards.past([], None)
+        return cards.past(rows[: chat.listed], chat.conversation_id, more=len(rows) > chat.listed)
 
     async def tick(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """masthead, status, key panel: asked for every two seconds."""
@@ -78,7 +94,7 @@ class _Page:
 
     async def found_again(self, chat: Chat, who: Visitor, conversation: str | None) -> Chat:
         """What the page shows, where the server has forgotten it: it was started anew, or the page was away for an hour."""
-        if conversation is None or chat.phase != "empty" or chat.turns:
+        if conversation is None or not chat.untouched:
             return chat
         try:
             return Chat.reopened(await self.client.conversation(who, conversation)).after(chat)
@@ -121,6 +137,7 @@ class _Page:
             yield "" if (typed or "").strip() == text else gr.skip(), *rest  # what else is in the box was not sent
         if event._data.get("act") == "shorter" and chat.phase == "failed":
             chat.unseen = unseen  # it was not what was in the way, or not alone
+            yield gr.skip(), cards.thread(chat), *(gr.skip(),) * 6
 
     async def converse(self, text: str, n: int, chat: Chat, who: Visitor) -> AsyncIterator[tuple[Any, ...]]:
         """box, thread, exchange, send, stop, edit panel, key panel, chat: while the replies are written."""
@@ -153,6 +170,8 @@ class _Page:
         chat.too_long = problem is not None and problem.too_long and bool(chat.history())
         if problem is not None and problem.too_long and not chat.too_long:
             chat.problem = "This message is too long for this model. Please shorten it."
+        elif problem is not None and problem.status == 404 and chat.conversation_id:
+            chat.problem = "This conversation is no longer kept; it may have been erased in another window. Please start a new one."
         yield (
             gr.skip(), gr.skip(), cards.exchange(chat), _shown(True), _shown(False), gr.skip(),
             _shown(True) if problem and problem.needs_key else gr.skip(), chat,
@@ -290,6 +309,11 @@ class _Page:
         chat.number = fresh.number
         return await self._switched(fresh, who)
 
+    async def older(self, chat: Chat, identity: Any, request: gr.Request) -> tuple[str, Chat]:
+        """history, chat: more of the past conversations are to be listed."""
+        chat.listed = min(chat.listed + MORE, MOST_LISTED)
+        return await self.listed(visitor_of(identity, request, chat), chat), chat
+
     async def _switched(self, chat: Chat, who: Visitor) -> tuple[Any, ...]:
         return (
             cards.thread(chat), cards.exchange(chat), _shown(True), _shown(False), _shown(False),
@@ -398,7 +422,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
             with gr.Row(elem_id="composer"):
                 box = gr.Textbox(
                     show_label=False, label="Your message", placeholder="Write a message", lines=1, max_lines=6,
-                    autofocus=True, container=False, scale=1, elem_id="box", max_length=20_000,
+                    autofocus=True, container=False, scale=1, elem_id="box",
                 )
                 replies = gr.Dropdown(
                     [(f"{n} replies", n) for n in range(2, MAX_REPLIES + 1)], value=2, label="How many replies",
@@ -407,14 +431,14 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
                 send = gr.Button("Send", variant="primary", elem_id="send", scale=0, min_width=84)
                 stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=0, min_width=84, visible=False)
             status = gr.HTML(cards.status(""), elem_id="status", js_on_load=None, apply_default_css=False)
-            shown = gr.Textbox(visible=False)
+            shown, before = gr.Textbox(visible=False), gr.Textbox(visible=False)
         timer = gr.Timer(POLL_S)
 
         opened = [identity, masthead, history, status, key_panel]
         talk = [box, thread, exchange, send, stop, editor, key_panel, chat]
         acted = [exchange, status, editor, draft, key_panel, chat]
         switched = [thread, exchange, send, stop, editor, history, chat]
-        page.load(on.opened, [identity, chat], opened, **HIDDEN)
+        page.load(on.opened, [identity, chat], opened, **HIDDEN).then(on.came_back, [before, chat, identity], switched, js=BEFORE, **HIDDEN)
         timer.tick(on.tick, [identity, chat], [masthead, status, key_panel], **HIDDEN)
         streams = [
             box.submit(on.typed, [box, replies, shown, chat, identity, draft], talk, js=SHOWN, **HIDDEN),
@@ -430,6 +454,7 @@ def build_chat(api_url: str, client: ApiClient | None = None) -> gr.Blocks:
         draft.submit(on.save_edit, [draft, chat, identity], acted, **HIDDEN)
         drop.click(on.cancel_edit, [chat], [editor, chat], **HIDDEN)
         fresh.click(on.restart, [chat, identity, draft], switched, cancels=streams, **HIDDEN)
+        history.older(on.older, [chat, identity], [history, chat], **HIDDEN)
         history.act(on.past, [chat, identity, draft], switched, cancels=streams, **HIDDEN)
         for trigger in (keep.click, key.submit):
             trigger(on.keep_key, [key, identity], [identity, key], **HIDDEN).then(on.opened, [identity, chat], opened, **HIDDEN)

@@ -130,9 +130,9 @@ class ApiClient:
         """Live version, votes until the next round, what the learner is doing."""
         return await self._call("GET", "/v1/status", who)
 
-    async def conversations(self, who: Visitor) -> list[JSON]:
-        """This visitor's conversations, newest first."""
-        return _rows(await self._call("GET", "/v1/conversations?mine=true", who))
+    async def conversations(self, who: Visitor, limit: int = 50) -> list[JSON]:
+        """This visitor's conversations, newest first, at most `limit` of them (1 to 1,000)."""
+        return _rows(await self._call("GET", f"/v1/conversations?mine=true&limit={limit}", who))
 
     async def conversation(self, who: Visitor, conversation_id: str) -> JSON:
         """One conversation: its messages, and its comparisons in order."""

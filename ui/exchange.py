@@ -65,6 +65,12 @@ class Chat:
     saved: str = ""  # what happened to the last vote, as a sentence
     live_when_opened: str | None = None
     number: int = 0  # of the open exchange, counted up
+    listed: int = 50  # past conversations that the page lists, at most
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was said or opened yet."""
+        return self.phase == "empty" and not self.turns
 
     def speaker(self) -> str:
         """A voter id of this tab's own: who speaks until the browser has told who it is. (Made late: Gradio copies one Chat for all tabs.)"""
@@ -101,7 +107,7 @@ class Chat:
 
     def after(self, other: Chat) -> Chat:
         """Itself, as what this tab shows after `other`."""
-        self.voter, self.live_when_opened, self.number = other.speaker(), other.live_when_opened, other.number + 1
+        self.voter, self.live_when_opened, self.number, self.listed = other.speaker(), other.live_when_opened, other.number + 1, other.listed
         return self
 
     def _settled(self) -> Turn:

@@ -53,6 +53,22 @@
     if (event.target === composer()) sessionStorage.setItem(BOX, event.target.value);
   }
 
+  // So does the conversation: its id is kept, and the page asks for it when it is loaded again. Beginning another forgets it.
+  const OPEN = "plaudit.open";
+  let known = false;
+  function remember() {
+    const exchange = document.querySelector("section.exchange");
+    const box = composer();
+    if (exchange && exchange.dataset.phase === "streaming" && box && !box.value) sessionStorage.removeItem(BOX);  // it was sent
+    if (exchange && exchange.dataset.conversation) {
+      known = true;
+      sessionStorage.setItem(OPEN, exchange.dataset.conversation);
+    } else if (known && document.querySelector("section.welcome")) {
+      known = false;
+      sessionStorage.removeItem(OPEN);
+    }
+  }
+
   function giveBack() {
     const box = composer();
     if (!box || box === shown) return;
@@ -70,7 +86,6 @@
     const entered = event.type === "keydown" && event.target === box && event.key === "Enter" && !event.shiftKey;
     const clicked = event.type === "click" && event.target.closest && event.target.closest("#send");
     if (!((entered && !event.isComposing) || clicked)) return;
-    sessionStorage.removeItem(BOX);
     setTimeout(() => box.blur(), 30);
   }
 
@@ -128,6 +143,7 @@
       localTimes(document);
       showKeys();
       giveBack();
+      remember();
       follow();
     });
   }).observe(document.documentElement, { childList: true, subtree: true, characterData: true });
