@@ -38,12 +38,8 @@ lint: venv             ## ruff and mypy
 format: venv           ## sort imports and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 
-bench: venv .venv/.bench $(if $(PLAUDIT_PEERS),,peers)  ## every benchmark but the GPU's, under 40 minutes  (ARGS="--only engine")
+bench: venv $(if $(PLAUDIT_PEERS),,peers)  ## every benchmark but the GPU's, under 40 minutes  (ARGS="--only engine")
 	@$(BIN)/python -m benchmarks.suite $(ARGS)
-
-.venv/.bench: .venv/.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@touch $@
 
 peers: .venv-peers/.done  ## build .venv-peers with TRL, for the benchmarks against it
 
