@@ -274,6 +274,18 @@ class Deployment:
                 self.waiting = version  # the newest knows all that those before it do
         log.info("version_taken_in", version=version, gap_nats=self.gaps[version], mode=mode)
 
+    async def _read_again(self, version: str) -> None:
+        """A version whose manifest could not be read, now that an operator wants it: it may have been put right. Raises `NotPossible`."""
+        try:
+            manifest = await asyncio.to_thread(self.registry.manifest, version)
+        except CorruptAdapter as damaged:
+            raise NotPossible(f"{version} is not fit to serve: {damaged}") from damaged
+        rejected = _gate(manifest.to_dict()) == "rejected"
+        await self._record(manifest, "rejected" if rejected else "candidate")
+        self.refused.pop(version)
+        if rejected:
+            self.refused[version] = GATE_FAILED
+
     async def _ask_about_the_next(self) -> None:
         """In canary mode: once votes have decided about a candidate, the newest version since is the next."""
         if self.settings.promotion != "canary":
@@ -311,7 +323,9 @@ class Deployment:
             if judged not in (None, self.pair()):
                 return
             if version != BASE and version not in self._known:
-                raise UnknownModel(f"there is no version {version[:64]!r}")
+                if version not in self.refused:
+                    raise UnknownModel(f"there is no version {version[:64]!r}")
+                await self._read_again(version)
             if self.refused.get(version) == GATE_FAILED:
                 raise NotPossible(f"{version} is not fit to serve: {GATE_FAILED}")
             if version == self.live:

@@ -190,7 +190,9 @@ def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_lla
     gated = publish_random(registry, tiny_llama, seed=3, verdict="rejected")
     lying = publish_random(registry, tiny_llama, seed=4, probe={"prompt_ids": [5, 6], "top_ids": [7], "top_logprobs": [-9.0]})
     no_manifest = publish_random(registry, tiny_llama, seed=5)
-    (registry.path(no_manifest) / "manifest.json").unlink()
+    missing = registry.path(no_manifest) / "manifest.json"
+    as_published = missing.read_bytes()
+    missing.unlink()
     registry.path("v000006").write_text("a file, not a version's directory")
     odd_probe = publish_random(registry, tiny_llama, seed=6, probe={"prompt_ids": [10**9], "top_ids": [7], "top_logprobs": [-9.0]})
     with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
@@ -213,7 +215,26 @@ def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_lla
         assert ask(c, 1)["model"] == f"plaudit@{flipped}"
         row = c.get(f"/v1/adapters/{flipped}").json()
         assert (row["status"], row["reason"]) == ("live", None)
+        refused = c.post(f"/v1/adapters/{no_manifest}/promote")
+        assert refused.status_code == 409 and "manifest.json is missing" in refused.text
+        missing.write_bytes(as_published)
+        assert c.post(f"/v1/adapters/{no_manifest}/promote").json()["live"] == no_manifest
+        assert no_manifest not in c.get("/v1/adapters").json()["refused"]
         assert c.post(f"/v1/adapters/{'..%2f' * 3}/promote").status_code == 404
+
+
+def test_a_rejected_version_whose_manifest_is_put_right_stays_rejected(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    version = publish_random(registry, tiny_llama, seed=1, verdict="rejected")
+    manifest = registry.path(version) / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:40])
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        manifest.write_bytes(whole)
+        for _ in range(2):
+            answer = c.post(f"/v1/adapters/{version}/promote")
+            assert answer.status_code == 409 and "its gate failed" in answer.text
+        assert c.get(f"/v1/adapters/{version}").json()["status"] == "rejected"
 
 
 def test_promotion_and_rollback_hold_when_they_answer_and_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
