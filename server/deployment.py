@@ -282,9 +282,10 @@ class Deployment:
             raise NotPossible(f"{version} is not fit to serve: {damaged}") from damaged
         rejected = _gate(manifest.to_dict()) == "rejected"
         await self._record(manifest, "rejected" if rejected else "candidate")
-        self.refused.pop(version)
         if rejected:
             self.refused[version] = GATE_FAILED
+        else:
+            del self.refused[version]
 
     async def _ask_about_the_next(self) -> None:
         """In canary mode: once votes have decided about a candidate, the newest version since is the next."""

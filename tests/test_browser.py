@@ -197,6 +197,7 @@ def test_a_better_reply_that_is_not_saved_is_not_lost_by_going_on(visit: Visit, 
     page.keyboard.press("2")
     page.wait_for_selector('.card.chosen [data-index="1"]')
     page.keyboard.press("e")
+    expect(page.locator("#draft textarea")).to_be_focused()  # the page brings one there, a moment after the panel has come
     page.fill("#draft textarea", "My own words")
     ways = (lambda: page.click("#send"), *(lambda it=it: page.evaluate(f"document.querySelector('{it}').click()") for it in ("#fresh", "#history .open")))
     for way in ways:

@@ -320,6 +320,13 @@ def test_a_page_that_is_loaded_anew_goes_on_with_its_conversation() -> None:
         begun = Chat()
         await said(page, begun, "Hi")
         assert await page.came_back("conv-9", begun, who, at()) == (*(gr.skip(),) * 6, begun)
+        class Slow(ApiClient):
+            async def conversations(self, who: Visitor, limit: int = 50) -> list[dict[str, Any]]:
+                late.begin("Hi", 2)  # somebody writes while the list is asked for
+                return await super().conversations(who, limit)
+
+        late, slow = Chat(), _Page(client_of(fake.app(), Slow))
+        assert await slow.came_back("conv-9", late, who, at()) == (*(gr.skip(),) * 6, late) and late.phase == "streaming"
         fake.erased.append("conv-9")
         fresh = Chat()
         for before in ("conv-9", ""):
@@ -350,6 +357,10 @@ def test_older_conversations_are_listed_when_asked_for() -> None:
             history, chat = await page.older(Chat().after(chat), {}, at())
             shown.append(history)
         assert [text.count("<li") for text in shown] == [50, 150, 160]
+        fake.conversations *= 7
+        chat.listed = 998
+        history, _ = await page.older(chat, {}, at())
+        assert history.count("<li") == 999 and "Show older" not in history and "not listed here" in history
 
     asyncio.run(run())
 
@@ -555,8 +566,8 @@ def test_going_back_is_refused_where_the_version_before_is_another_by_now() -> N
 # --- client
 
 
-def client_of(app: FastAPI) -> ApiClient:
-    return ApiClient("http://fake", transport=httpx.ASGITransport(app))
+def client_of(app: FastAPI, kind: type[ApiClient] = ApiClient) -> ApiClient:
+    return kind("http://fake", transport=httpx.ASGITransport(app))
 
 
 def talk(fake: Fake, messages: list[dict[str, str]], n: int, conversation: str | None = None) -> list:

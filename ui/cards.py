@@ -17,6 +17,8 @@ MARK = (
     '<svg class="mark" viewBox="0 0 24 24" aria-hidden="true"><rect x="2" y="4" width="9" height="16" rx="3"/>'
     '<rect class="picked" x="13" y="4" width="9" height="16" rx="3"/><path d="m15.3 12.2 1.7 1.7 3-3.4"/></svg>'
 )
+OLDER = '<button type="button" class="choice older" data-act="older">Show older ones</button>'
+OLDEST = '<p class="note">Conversations before these are kept, and not listed here.</p>'
 TICK = '<svg class="tick" viewBox="0 0 16 16" aria-hidden="true"><path d="m3 8.5 3.2 3.2L13 4.8"/></svg>'
 
 
@@ -156,8 +158,8 @@ def trouble(problem: Exception) -> str:
     return f'<span class="problem">{plain(problem)}</span>'
 
 
-def past(rows: list[dict[str, Any]], current: str | None, more: bool = False) -> str:
-    """The list of past conversations. more: whether there are older ones."""
+def past(rows: list[dict[str, Any]], current: str | None, older: str = "") -> str:
+    """The list of past conversations. older: what stands below it, OLDER or OLDEST where there are more."""
     if not rows:
         return '<p class="note">Your conversations will be listed here.</p>'
     items = []
@@ -171,7 +173,6 @@ def past(rows: list[dict[str, Any]], current: str | None, more: bool = False) ->
             f'<button type="button" class="erase" data-act="erase" data-id="{name}" aria-label="Erase: {title}" title="Erase" '
             'data-confirm="Erase this conversation? Its words and its votes will be gone.">×</button></li>'
         )
-    older = '<button type="button" class="choice older" data-act="older">Show older ones</button>' if more else ""
     return f'<ul class="past">{"".join(items)}</ul>{older}'
 
 

@@ -64,13 +64,11 @@ class _Page:
     async def came_back(self, before: str, chat: Chat, identity: Any, request: gr.Request) -> tuple[Any, ...]:
         """As `past`: a page that was loaded anew goes on with what it showed, unless something was begun meanwhile or it is no longer there."""
         who, nothing = visitor_of(identity, request, chat), (*(gr.skip(),) * 6, chat)
-        if not before or not chat.untouched:
+        found = await self.found_again(chat, who, before or None, quiet=True)
+        if found is chat:
             return nothing
-        try:
-            found = Chat.reopened(await self.client.conversation(who, before)).after(chat)
-        except Problem:  # whoever erased it knows, and it is not what this page was opened for
-            return nothing
-        return await self._switched(found, who) if chat.untouched else nothing
+        shown = await self._switched(found, who)
+        return shown if chat.untouched else nothing
 
     async def listed(self, who: Visitor, chat: Chat) -> str:
         """The list of past conversations; empty when it cannot be had."""
@@ -78,7 +76,8 @@ class _Page:
             rows = await self.client.conversations(who, chat.listed + 1)
         except Problem:
             return cards.past([], None)
-        return cards.past(rows[: chat.listed], chat.conversation_id, more=len(rows) > chat.listed)
+        older = "" if len(rows) <= chat.listed else cards.OLDER if chat.listed < MOST_LISTED else cards.OLDEST
+        return cards.past(rows[: chat.listed], chat.conversation_id, older)
 
     async def tick(self, identity: Any, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """masthead, status, key panel: asked for every two seconds."""
@@ -92,14 +91,15 @@ class _Page:
             cards.status(status_line(status, saved=chat.saved, live_when_opened=chat.live_when_opened)), gr.skip(),
         )
 
-    async def found_again(self, chat: Chat, who: Visitor, conversation: str | None) -> Chat:
-        """What the page shows, where the server has forgotten it: it was started anew, or the page was away for an hour."""
+    async def found_again(self, chat: Chat, who: Visitor, conversation: str | None, *, quiet: bool = False) -> Chat:
+        """What the page shows, where the server has forgotten it: it was started anew, or the page was away for an hour. quiet: a failure is not told."""
         if conversation is None or not chat.untouched:
             return chat
         try:
             return Chat.reopened(await self.client.conversation(who, conversation)).after(chat)
         except Problem as problem:
-            gr.Warning(str(problem))
+            if not quiet:
+                gr.Warning(str(problem))
             return chat
 
     async def typed(

@@ -59,7 +59,7 @@
   function remember() {
     const exchange = document.querySelector("section.exchange");
     const box = composer();
-    if (exchange && exchange.dataset.phase === "streaming" && box && !box.value) sessionStorage.removeItem(BOX);  // it was sent
+    if (box && box === shown && !box.value) sessionStorage.removeItem(BOX);  // sent or deleted, perhaps while nobody looked
     if (exchange && exchange.dataset.conversation) {
       known = true;
       sessionStorage.setItem(OPEN, exchange.dataset.conversation);
