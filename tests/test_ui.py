@@ -21,9 +21,9 @@ from fastapi.testclient import TestClient
 
 from tests.ui_fake import TEXTS, Fake, error
 from ui import cards, figures, operator, sentences
-from ui.chat import _Page
 from ui.client import ApiClient, Problem, Visitor
 from ui.exchange import Chat, Reply, ballot
+from ui.handlers import ChatHandlers
 from ui.pace import paced
 from ui.render import markdown, plain
 
@@ -213,14 +213,14 @@ def test_a_link_whose_text_is_no_address_says_where_it_leads() -> None:
 # --- what the page does
 
 
-async def said(page: _Page, chat: Chat, text: str) -> list:
+async def said(page: ChatHandlers, chat: Chat, text: str) -> list:
     return [update async for update in page.converse(text, 2, chat, WHO)]
 
 
 def test_what_was_stopped_is_in_no_conversation_and_can_be_tried_again() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         async for _ in page.converse("Hi", 2, chat, WHO):
             if chat.replies and chat.replies[0].text:
                 page.stop(chat)
@@ -237,7 +237,7 @@ def test_what_was_stopped_is_in_no_conversation_and_can_be_tried_again() -> None
 def test_a_vote_that_takes_long_leaves_the_next_exchange_alone(undo: bool) -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
         if undo:
             await page.cast(chat, WHO, 1, None)
@@ -258,7 +258,7 @@ def test_a_vote_that_takes_long_does_not_bring_back_a_conversation_that_was_left
     async def run() -> None:
         fake = Fake()
         fake.vote_s = 0.2
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
         vote = asyncio.create_task(page.cast(chat, WHO, 1, None))
         await asyncio.sleep(0.05)
@@ -271,7 +271,7 @@ def test_a_vote_that_takes_long_does_not_bring_back_a_conversation_that_was_left
 
 def test_a_page_that_is_slow_to_open_leaves_what_was_begun_meanwhile() -> None:
     async def run() -> None:
-        page, chat = _Page(client_of(Fake().app())), Chat()
+        page, chat = ChatHandlers(client_of(Fake().app())), Chat()
         await said(page, chat, "Hi")
         shown = await page.opened(None, chat, cast(Any, SimpleNamespace(headers={})))
         assert len(shown) == 5 and not any(isinstance(part, Chat) for part in shown)
@@ -283,7 +283,7 @@ def test_a_page_that_is_slow_to_open_leaves_what_was_begun_meanwhile() -> None:
 def test_a_message_that_is_too_long_by_itself_is_said_to_be_and_costs_no_memory_of_what_went_before() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         fake.fail = error(400, "too many tokens", code="context_length_exceeded")
         await said(page, chat, "moon " * 9)
         assert chat.problem == "This message is too long for this model. Please shorten it." and not chat.too_long
@@ -313,7 +313,7 @@ def test_a_message_that_is_too_long_by_itself_is_said_to_be_and_costs_no_memory_
 def test_a_page_that_is_loaded_anew_goes_on_with_its_conversation() -> None:
     async def run() -> None:
         fake = Fake()
-        page, who = _Page(client_of(fake.app())), {"voter": "ann"}
+        page, who = ChatHandlers(client_of(fake.app())), {"voter": "ann"}
         new = Chat()
         *shown, chat = await page.came_back("conv-9", new, who, at())
         assert (chat.conversation_id, chat.phase, chat.speaker()) == ("conv-9", "choosing", new.speaker()) and "What are bees?" in shown[1]
@@ -325,7 +325,7 @@ def test_a_page_that_is_loaded_anew_goes_on_with_its_conversation() -> None:
                 late.begin("Hi", 2)  # somebody writes while the list is asked for
                 return await super().conversations(who, limit)
 
-        late, slow = Chat(), _Page(client_of(fake.app(), Slow))
+        late, slow = Chat(), ChatHandlers(client_of(fake.app(), Slow))
         assert await slow.came_back("conv-9", late, who, at()) == (*(gr.skip(),) * 6, late) and late.phase == "streaming"
         fake.erased.append("conv-9")
         fresh = Chat()
@@ -338,7 +338,7 @@ def test_a_page_that_is_loaded_anew_goes_on_with_its_conversation() -> None:
 def test_a_conversation_that_was_erased_in_another_window_says_so() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
         fake.kept.clear()
         await said(page, chat, "And?")
@@ -351,7 +351,7 @@ def test_older_conversations_are_listed_when_asked_for() -> None:
     async def run() -> None:
         fake = Fake()
         fake.conversations = [{"conversation_id": f"conv-{i}", "title": "x", "updated": 1.0} for i in range(160)]
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         shown = [await page.listed(WHO, chat)]
         while "Show older" in shown[-1]:
             history, chat = await page.older(Chat().after(chat), {}, at())
@@ -378,7 +378,7 @@ def event(**data: Any) -> Any:
 def test_a_newcomer_is_one_voter_before_the_browser_has_told_who_it_is_and_after() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         async for _ in page.asked("", 2, chat, None, at(), event(act="ask", text="Hi")):
             pass
         await page.act("", chat, None, at(), event(act="pick", index="1", comparison="cmp-1"))
@@ -398,7 +398,7 @@ def test_a_page_that_the_server_has_forgotten_is_found_again() -> None:
     """The server was started anew, or Gradio gave up the state of a page that was away for an hour; the page shows what it showed."""
     async def run() -> None:
         fake = Fake()
-        page, who = _Page(client_of(fake.app())), {"voter": "ann"}
+        page, who = ChatHandlers(client_of(fake.app())), {"voter": "ann"}
         fake.asked.append({"n": 2})
         shown = cards.exchange(Chat.reopened(await page.client.conversation(WHO, "conv-9")))
         assert 'data-conversation="conv-9" data-comparison="cmp-7"' in shown
@@ -420,7 +420,7 @@ def test_what_a_forgotten_page_cannot_know_is_said_and_nothing_is_lost(monkeypat
 
     async def run() -> None:
         fake = Fake()
-        page, who = _Page(client_of(fake.app())), {"voter": "ann"}
+        page, who = ChatHandlers(client_of(fake.app())), {"voter": "ann"}
         retry = event(act="retry", conversation="conv-9", comparison="cmp-8")  # cmp-7 is the newest that was kept
         assert [update async for update in page.asked("", 2, Chat(), who, at(), retry)] == [(gr.skip(),) * 8]
         assert fake.asked == [] and "write it again" in warned[0]
@@ -437,7 +437,7 @@ def test_replies_that_are_no_longer_the_newest_are_not_voted_on_by_their_number(
 
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
         await said(page, chat, "And?")
         await page.act("", chat, {}, at(), event(act="pick", index="1", comparison="cmp-1"))
@@ -449,7 +449,7 @@ def test_replies_that_are_no_longer_the_newest_are_not_voted_on_by_their_number(
 def test_what_was_written_for_one_reply_survives_a_pick_and_an_edit_of_another() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
 
         async def do(draft: str, **data: Any) -> tuple:
@@ -474,7 +474,7 @@ def test_what_was_written_for_one_reply_survives_a_pick_and_an_edit_of_another()
 def test_votes_reach_the_server_in_the_order_they_were_cast() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
         fake.vote_s = 0.1
         first = asyncio.create_task(page.cast(chat, WHO, 0, None))
@@ -496,7 +496,7 @@ def test_votes_reach_the_server_in_the_order_they_were_cast() -> None:
 def test_of_quick_clicks_the_last_counts_in_whatever_order_they_arrive() -> None:
     async def run() -> None:
         fake = Fake()
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         await said(page, chat, "Hi")
         for index, at_ms in (("1", 2000.5), ("0", 2000.25)):
             await page.act("", chat, {}, at(), event(act="pick", index=index, comparison="cmp-1", at=at_ms))
@@ -513,7 +513,7 @@ def test_of_quick_clicks_the_last_counts_in_whatever_order_they_arrive() -> None
 
 def test_erasing_another_conversation_stops_what_is_written_and_says_so() -> None:
     async def run() -> None:
-        page, chat = _Page(client_of(Fake().app())), Chat()
+        page, chat = ChatHandlers(client_of(Fake().app())), Chat()
         chat.begin("Hi", 2)
         left = await page.past(chat, {}, at(), event(act="erase", id="conv-8"))
         assert chat.phase == "stopped" and "Try again" in left[1]
@@ -526,7 +526,7 @@ def test_a_message_that_was_not_answered_comes_back_only_into_an_empty_box() -> 
     async def run() -> None:
         fake = Fake()
         fake.fail = error(503, "starting")
-        page, chat = _Page(client_of(fake.app())), Chat()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
         assert all(update[0] in ("", gr.skip()) for update in await said(page, chat, "Hi"))
         assert (await page.refresh("", chat, {}, at()))[0] == "Hi"
         assert (await page.refresh("the next one", chat, {}, at()))[0] == gr.skip()

@@ -11,10 +11,10 @@ from typing import Any
 import gradio as gr
 
 from ui import cards, figures
-from ui.chat import new_identity, visitor_of
 from ui.client import ApiClient, Problem, Visitor
 from ui.sentences import version_name
 from ui.theme import ACTING, HIDDEN
+from ui.visitor import new_identity, visitor_of
 
 POLL_S = 3.0
 
