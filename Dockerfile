@@ -4,6 +4,7 @@
 #   docker build --target cuda -t plaudit:cuda .   docker run --gpus all -p 7860:7860 -v plaudit:/data plaudit:cuda
 # A container listens on a public address, so it needs a key first:
 #   docker run --rm -v plaudit:/data plaudit keys add alice --role operator
+# Settings: -e PLAUDIT_...=..., or a plaudit.toml in the volume.
 
 FROM python:3.11-slim AS source
 WORKDIR /app
@@ -38,7 +39,7 @@ ENV PATH=/venv/bin:$PATH \
     PLAUDIT_DATA_DIR=/data \
     PLAUDIT_HOST=0.0.0.0 \
     PLAUDIT_PORT=7860
-WORKDIR /home/plaudit
+WORKDIR /data
 USER plaudit
 VOLUME /data
 EXPOSE 7860

@@ -38,7 +38,7 @@ lint: venv             ## ruff and mypy
 format: venv           ## sort imports and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 
-bench: venv $(if $(PLAUDIT_PEERS),,peers)  ## every benchmark but the GPU's, under 40 minutes  (ARGS="--only engine")
+bench: venv $(if $(PLAUDIT_PEERS),,peers)  ## fifteen benchmarks, under 40 minutes; the long ones run by themselves  (ARGS="--only engine")
 	@$(BIN)/python -m benchmarks.suite $(ARGS)
 
 peers: .venv-peers/.done  ## build .venv-peers with TRL, for the benchmarks against it

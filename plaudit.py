@@ -167,8 +167,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
 def serve(**flags: Any) -> None:
     """Start the chat pages, the API, the engine and the learner, on one port.
 
-    Settings come from these flags, PLAUDIT_* environment variables and plaudit.toml, in that order;
-    `plaudit config` shows what is in force.
+    Settings come from these flags, PLAUDIT_* environment variables and plaudit.toml (in the working directory, or the
+    file that PLAUDIT_CONFIG names), in that order; `plaudit config` shows what is in force.
     """
     with plain_errors():
         settings = load_settings(**flags)
@@ -590,7 +590,7 @@ def simulate(
     taste: Annotated[str, typer.Option(help=NAMES)] = "shorter",
     votes: Annotated[int, typer.Option(min=1, help="votes to cast")] = 60,
     noise: Annotated[float, typer.Option(min=0, max=0.5, help="share of votes that go the wrong way")] = 0.1,
-    voters: Annotated[int, typer.Option(min=1, help="how many people vote")] = 4,
+    voters: Annotated[int, typer.Option(min=1, help="how many people vote (where the server asks for keys, one: the key's)")] = 4,
     random_voters: Annotated[float, typer.Option(min=0, max=1, help="share of the voters who pick at random, such as 0.2 of 5")] = 0.0,
     n: Annotated[int, typer.Option("--n", "-n", min=2, max=8, help="replies in each comparison")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or JSONL  \\[default: the starter's]")] = None,
@@ -727,7 +727,7 @@ def doctor(data_dir: DataDir = None) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, the CPU does the work"
     row(True, "gpu", gpu)
     row(True, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}")
-    row(True, "decoding on the CPU", "in C" if native.library() is not None else "by torch, more slowly: install a C compiler, then `make venv` anew")
+    row(True, "decoding on the CPU", "in C" if native.library() is not None else "by torch, more slowly: install a C compiler, then `make -B venv`")
     row(True, "sqlite", durability())
     starter_there = (STARTER / "config.json").is_file()
     row(starter_there, "starter model", STARTER if starter_there else f"missing from {STARTER}: make it with `plaudit starter`")

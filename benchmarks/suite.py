@@ -1,4 +1,4 @@
-"""Every benchmark but the GPU's, one after the other, each with its log: what `make bench` runs.
+"""Fifteen benchmarks, one after the other, each with its log: what `make bench` runs. The GPU's and the long ones (votes, peers, gate, ...) run by themselves.
 
 `python -m benchmarks.suite [--only NAME ...] [--logs DIR]`; charts lie beside the logs. The sizes are such that a quiet machine of two cores is done in
 under 40 minutes; each benchmark run by itself measures more. One that misses a target, fails or takes too long does not

@@ -66,7 +66,7 @@ def library() -> ctypes.CDLL | None:
     try:
         found = find_spec("engine._decode")
         if found is None or found.origin is None:
-            raise OSError("it was not built: install a C compiler, then the package anew (`make venv`)")
+            raise OSError("it was not built: install a C compiler, then the package anew (`make -B venv`)")
         if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             raise OSError("this processor has no AVX2")
         built = ctypes.CDLL(found.origin)

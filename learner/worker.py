@@ -149,21 +149,21 @@ class Worker:
                     return
                 continue
             if shown != (state, reason):
-                self.heartbeat.show(state=state, reason=reason, round=None, progress=None)
+                self.heartbeat.show(state=state, reason=reason, round=None, progress=None, started=None)
                 shown = (state, reason)
             time.sleep(self.config.poll_s)
 
     def _round(self, learner: Any, voted: Sequence[Any], live: str, run_requested: int, finetuning: bool) -> None:
         from learner import demonstrations
 
-        began = time.monotonic()
+        began, started = time.monotonic(), time.time()
         learn = demonstrations.learn if finetuning else None
         voted = demonstrations.demonstrated(voted) if finetuning else voted
         n = self.files.begin()
         log.info("round_started", round=n, votes=len(voted), live=live)
 
         def report(stage: str, fraction: float, message: str) -> None:
-            self.heartbeat.show(state=stage, round=n, progress=round(fraction, 3), message=message, reason=None)
+            self.heartbeat.show(state=stage, round=n, progress=round(fraction, 3), message=message, reason=None, started=started)
 
         result = learner.run_round(n, voted, live, run_requested=run_requested, report=report, learn=learn)
         log.info("round_ended", round=n, kind=result["kind"], state=result["state"], version=result["version"], seconds=round(time.monotonic() - began, 1))

@@ -43,7 +43,7 @@ class Settings(BaseSettings):
         "auto", description="weights' type; auto is bfloat16 on CUDA and float32 on CPU")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto is CUDA where there is one")
     int8: bool = Field(False, description="on a CPU, weights of 8 bits: faster with larger models, and no longer quite the same model")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 leaves the choice to torch")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model at most, 0 for torch's choice; while the learner trains its own are left to it")
     max_sequences: int = Field(32, ge=1, le=1024, description="replies decoded side by side")
     max_context: int | None = Field(None, ge=16, description="tokens of prompt and reply; default the model's own")
     max_queue: int = Field(256, ge=1, description="replies that may wait for a slot before 429")
@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="largest body of an adapter upload")
     round_votes: int = Field(16, ge=1, description="new votes that start a round of learning")
     promotion: Literal["auto", "canary", "manual"] = Field(
-        "auto", description="what a version that passed its gate becomes: live, candidate in the mix, or candidate")
+        "auto", description="what a version that passed its gate becomes: live (unless another went live meanwhile), candidate in the mix, or candidate")
     mix_share: float = Field(
         0.5, ge=0, le=1, description="share of comparisons (n >= 2) that mix the live version with the other one")
     candidates: int = Field(

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.tokenizer import ChatTokenizer
 from learner.config import ConfigError, LearnerConfig
-from learner.worker import alone, awaited, due, main, progress_so_far
+from learner.worker import Worker, alone, awaited, due, main, progress_so_far
 from store.adapters import AdapterRegistry
 from store.rounds import RoundFiles
 from store.store import Store
@@ -80,6 +81,22 @@ def test_abandoned_rounds_have_used_no_votes_and_failed_ones_have(tmp_path: Path
     for record in ({"state": "published", "last_seq": 9, "run_requested": 1}, {"state": "failed", "last_seq": 20}, {"state": "abandoned", "last_seq": 99}):
         files.finish(files.begin(), record)
     assert progress_so_far(files) == (20, 0, 1)
+
+
+def test_a_running_round_says_when_it_began(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Learner:
+        def run_round(self, n: int, *_: Any, report: Callable[..., None], **__: Any) -> dict[str, Any]:
+            for stage in ("training_reward", "ppo"):
+                report(stage, 0.5, "")
+                seen.append(RoundFiles(tmp_path / "rounds").read_heartbeat() or {})
+            return {"kind": "ppo", "state": "not_ready", "version": None}
+
+    before = time.time()
+    Worker(tmp_path, "", LearnerConfig())._round(Learner(), [], "base", 0, False)
+    assert [(beat["round"], beat["state"]) for beat in seen] == [(1, "training_reward"), (1, "ppo")]
+    assert before <= seen[0]["started"] == seen[1]["started"] <= time.time()
 
 
 def test_the_next_round_waits_until_the_server_has_taken_in_the_last_version(tmp_path: Path) -> None:
