@@ -31,6 +31,7 @@ from engine.features import feature_count
 from learner.batching import chunks, pass_tokens
 from learner.config import RewardConfig
 from learner.data import RankedExample, split_folds
+from learner.heads import ridges
 from learner.prompts import HERE as STARTER_DATA
 from learner.prompts import prompts_from
 from learner.reward import RewardModel, features_of
@@ -196,7 +197,7 @@ def fitted(model: Any, examples: list[RankedExample], features: list[Tensor], co
         return None
     split = split_folds(examples, config.folds, seed)
     split = replace(split, folds=tuple(f for f in split.folds if any(examples[i].strict for i in f.train)))
-    weighed, _, ridge = weigh(examples, features, split, config.ridge)
+    weighed, _, ridge = weigh(examples, features, split, ridges(config.ridge))
     return fit_members(model, weighed, config, 0, ridge, seed, lambda *_: None, features)
 
 

@@ -101,12 +101,17 @@ def end_with(parent: int) -> None:
 
 
 class Contestant:
-    """The parent's end of one child process. Use as a context manager; leaving it ends the child."""
+    """The parent's end of one child process. Use as a context manager; leaving it ends the child.
 
-    def __init__(self, name: str, command: Sequence[str | Path], log: Path, *, threads: int) -> None:
+    sleeping: its OpenMP threads sleep while they wait, as Plaudit's do (they would starve the learner beside them); else they do what
+    its libraries have them do, which is to spin for a while: faster where nothing else runs, as in a contest of turns.
+    """
+
+    def __init__(self, name: str, command: Sequence[str | Path], log: Path, *, threads: int, sleeping: bool = True) -> None:
         self.name, self.log = name, log
         self.answers: list[dict[str, Any]] = []
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1",
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | ({"OMP_WAIT_POLICY": "passive"} if sleeping else {})
+        env |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONUNBUFFERED": "1"}  # fmt: skip
         with log.open("wb") as errors:
             self.child = subprocess.Popen(

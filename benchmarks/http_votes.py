@@ -199,7 +199,7 @@ def echo(port: int) -> None:
     async def give_back(name: str, body: dict[str, Any]) -> dict[str, Any]:
         return body
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False, timeout_keep_alive=30, ws="none", server_header=False)
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False, timeout_keep_alive=30, ws="none", server_header=False, loop="asyncio")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from learner import rollout
 from learner.config import LearnerConfig
 from learner.data import examples_from_votes, split_folds
 from learner.gate import reply_kl
-from learner.kl_control import kl_price
+from learner.kl_control import kl_price, kl_warranted
 from learner.ppo import train_ppo
 from learner.prompts import prompts_from
 from learner.reward import RewardModel
@@ -103,7 +103,7 @@ def share_broken(batch: Trajectories) -> float:
     return statistics.fmean(broken(t, r) for t, r in zip(batch.texts, batch.finish_reasons, strict=True))
 
 
-def stops(points: Sequence[dict[str, float]], config: LearnerConfig) -> dict[str, Any]:
+def stops(points: Sequence[dict[str, float]], config: LearnerConfig, votes: int) -> dict[str, Any]:
     """Where gold peaked, and where each stop rule would have ended, with gold there."""
     peak = max(points, key=lambda p: p["gold"])
     judged, stopped = Judged(config.ppo.patience, config.ppo.part), None
@@ -111,7 +111,7 @@ def stops(points: Sequence[dict[str, float]], config: LearnerConfig) -> dict[str
         if judged.parted(point["judges"], point["proxy"]):
             stopped = points[judged.looks.index(max(judged.looks))]
             break
-    under = [p for p in points if p["kl"] <= config.ppo.kl_ceiling * config.ppo.kl_target]
+    under = [p for p in points if p["kl"] <= config.ppo.kl_ceiling * kl_warranted(config.ppo, votes)]
     ends: dict[str, Any] = {"peak": peak, "last": points[-1], "judges": stopped, "kl_ceiling": under[-1]}
     ends["gold_lost_by_the_end"] = peak["gold"] - points[-1]["gold"]
     first = min((p for p in (stopped, under[-1]) if p is not None), key=lambda p: p["update"])
@@ -177,13 +177,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, proxy in proxies.items():
         print(f"== {name}", flush=True)
         curves[name] = curve(model, tokenizer, proxy, checked.judges, gold, base, held_out, practice, config, args)
-        ends[name] = stops(curves[name], config)
+        ends[name] = stops(curves[name], config, len(examples))
     if args.plot:
         plot(args.plot, curves, ends, f"{args.votes} votes, {args.noise:.0%} noise, taste {args.taste}")
     met = all(end["before_the_turn"] or end["gold_lost_at_stop"] < 0.1 for end in ends.values())
     turned = any(end["gold_lost_by_the_end"] > 0.2 for end in ends.values())
     print(json.dumps({
-        "taste": args.taste, "votes": args.votes, "noise": args.noise, "seed": args.seed, "gold_turned": turned, "stopped_before_the_turn": met,
+        "taste": args.taste, "votes": args.votes, "noise": args.noise, "seed": args.seed, "gold_turned": turned, "stopped_in_time": met,
         "ends": ends, "curves": curves,
     }))  # fmt: skip
     return 0 if met and turned else 1

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ from benchmarks.votes import People, picks_on
 from engine.engine import BASE
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
+from learner import rollout
 from learner.config import LearnerConfig
 from learner.data import examples_from_votes
+from learner.kl_control import kl_warranted
 from learner.metrics import paired_difference
 from learner.ppo import train_ppo
 from learner.practice import choose_prompts
@@ -230,13 +232,21 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     reward_s = time.monotonic() - began
     if reward is None or not may_train:
         return {"seconds": reward_s, "rollouts": 0, "reward_s": reward_s, "update_s": None, "trained": False, "note": report["words"]}
-    result = train_ppo(model, tokenizer, reward, prompts=practice, policy=POLICY, config=config.ppo, judges=judges, seed=job["seed"])
+    ppo = replace(config.ppo, kl_target=kl_warranted(config.ppo, len(examples)))  # as a round has it
+    drawn, sample = [0], rollout.sample
+
+    def counted(*args: Any, **kwargs: Any) -> rollout.Trajectories:
+        batch = sample(*args, **kwargs)
+        drawn[0] += len(batch)
+        return batch
+
+    rollout.sample = counted  # also the reference's, which are the unit of the score, and those by which the best state is told
+    result = train_ppo(model, tokenizer, reward, prompts=practice, policy=POLICY, config=ppo, judges=judges, seed=job["seed"])
     seconds = time.monotonic() - began
     model.lora.save(POLICY, Path(job["out"]) / POLICY)
     updates = [row["seconds"] for row in result.history if "tokens_per_second" in row]  # those that learned
-    batches = len(result.history) + 1  # sampled: every update's, the last look's, and the reference's as the unit of the score
     return {
-        "seconds": seconds, "rollouts": batches * job["update_rollouts"], "reward_s": reward_s, "trained": True,
+        "seconds": seconds, "rollouts": drawn[0], "reward_s": reward_s, "trained": True,
         "update_s": statistics.fmean(updates) if updates else None, "note": f"{report['verdict']}; {result.stopped}",
     }  # fmt: skip
 

@@ -71,7 +71,7 @@ def measure(name: str, peer: Path, args: argparse.Namespace) -> dict[str, Any]:
             },
         }
         contestants = {
-            label: stack.enter_context(Contestant(label, command, directory / f"{i}.log", threads=args.threads))
+            label: stack.enter_context(Contestant(label, command, directory / f"{i}.log", threads=args.threads, sleeping=label != PEER))
             for i, (label, command) in enumerate(commands.items())
         }
 

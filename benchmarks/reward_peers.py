@@ -90,7 +90,7 @@ def measure(peer: Path, file: Path, args: argparse.Namespace) -> dict[str, Any]:
             OURS: [sys.executable, "-m", "benchmarks.reward_peers", "--ours", folder / "task.json"],
             PEER: [peer, "-m", "benchmarks.peer.reward", folder / "task.json"],
         }
-        sides = {n: stack.enter_context(Contestant(n, c, folder / f"{n}.log", threads=args.threads)) for n, c in commands.items()}
+        sides = {n: stack.enter_context(Contestant(n, c, folder / f"{n}.log", threads=args.threads, sleeping=n != PEER)) for n, c in commands.items()}
         rows = []
         for part in args.parts:
             folds = parts_of(split.folds, part, args.seed)

@@ -88,7 +88,7 @@ def measure(peer: Path, name: str, k: int, args: argparse.Namespace) -> dict[str
             PEER: [peer, "-m", "benchmarks.peer.reward_update", folder / "task.json"],
             OURS: [sys.executable, "-m", "benchmarks.reward_update", "--ours", folder / "task.json"],
         }
-        sides = {n: stack.enter_context(Contestant(n, c, folder / f"{n}.log", threads=args.threads)) for n, c in commands.items()}
+        sides = {n: stack.enter_context(Contestant(n, c, folder / f"{n}.log", threads=args.threads, sleeping=n != PEER)) for n, c in commands.items()}
         pairs = args.comparisons * k * (k - 1) // 2
 
         def shown(number: int, contestant: Contestant, answer: dict[str, Any]) -> None:

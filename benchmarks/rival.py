@@ -71,14 +71,14 @@ def job(model: str, votes: Path, ppo: PPOConfig, *, seed: int, stops: Mapping[st
     }  # fmt: skip
 
 
-def run(name: str, command: Sequence[str | Path], task: Mapping[str, Any], out: Path, threads: int) -> dict[str, Any]:
+def run(name: str, command: Sequence[str | Path], task: Mapping[str, Any], out: Path, threads: int, *, sleeping: bool = True) -> dict[str, Any]:
     """One contestant's whole run in a process of its own; policies and log lie in `out`. Raises ContestError."""
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    with Contestant(name, command, out / "log.txt", threads=threads) as contestant:
+    with Contestant(name, command, out / "log.txt", threads=threads, sleeping=sleeping) as contestant:
         return contestant.turn(**task, out=str(out))
 
 
 def run_peer(peer: Path, method: str, rate: str, task: Mapping[str, Any], out: Path, threads: int) -> dict[str, Any]:
     """TRL's `method` at a learning rate of RATES. Raises ContestError."""
-    return run(f"{method}-{rate}", [peer, "-m", "benchmarks.peer.policies"], {**task, "method": method, "lr": RATES[rate]}, out, threads)
+    return run(f"{method}-{rate}", [peer, "-m", "benchmarks.peer.policies"], {**task, "method": method, "lr": RATES[rate]}, out, threads, sleeping=False)

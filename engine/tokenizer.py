@@ -59,6 +59,11 @@ class ChatTokenizer:
             )
         return cls(tokenizer, ends)
 
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTokenizer:
+        """A Hugging Face tokenizer whose own end token, and no other, ends turns."""
+        return cls(tokenizer, (tokenizer.eos_token_id,))
+
     def render(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation `[{"role", "content"}, ...]` under the chat template.
 

@@ -7,6 +7,7 @@ replayed. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,12 @@ class ConfigError(ValueError):
 def _need(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def _numbers(section: Any, prefix: str) -> None:
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        _need(not isinstance(value, float) or not math.isnan(value), f"{prefix}{f.name} must be a number")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,11 @@ class RewardConfig:
     max_tokens: int = 512  # prompt + completion; what is longer loses its oldest tokens, the prompt's first
 
     def __post_init__(self) -> None:
-        _need(self.members >= 1, "reward.members must be at least 1")
+        _numbers(self, "reward.")
+        _need(self.members >= 1 and self.lora_r >= 1 and self.lora_alpha >= 1, "reward.members, reward.lora_r and reward.lora_alpha must be at least 1")
+        _need(self.max_examples >= 1 and self.pass_examples >= 1, "reward.max_examples and reward.pass_examples must be at least 1")
+        _need(self.max_tokens >= 2, "reward.max_tokens must be at least 2")
+        _need(self.weight_decay >= 0, "reward.weight_decay must not be negative")
         _need(self.folds >= 2, "reward.folds must be at least 2")
         _need(self.epochs >= 0 and self.batch >= 1, "reward.epochs must be at least 0, reward.batch at least 1")
         _need(self.ridge > 0, "reward.ridge must be positive")
@@ -98,6 +109,14 @@ class PPOConfig:
     max_seconds: float = 180.0  # wall clock after which no further update starts; an idle machine needs half of it
 
     def __post_init__(self) -> None:
+        _numbers(self, "ppo.")
+        _need(self.lr > 0 and self.value_lr > 0 and self.max_grad_norm > 0, "ppo.lr, ppo.value_lr and ppo.max_grad_norm must be positive")
+        _need(self.clip > 0 and self.value_clip > 0, "ppo.clip and ppo.value_clip must be positive")
+        _need(self.lora_r >= 1 and self.lora_alpha >= 1, "ppo.lora_r and ppo.lora_alpha must be at least 1")
+        _need(self.max_new_tokens >= 1, "ppo.max_new_tokens must be at least 1")
+        _need(all(0 <= share <= 1 for share in (self.gamma, self.lam, self.fault_decay)), "ppo.gamma, ppo.lam and ppo.fault_decay must be between 0 and 1")
+        _need(min(self.kl_coef, self.uncertainty, self.missing_eos_penalty, self.broken_penalty) >= 0, "ppo.kl_coef, ppo.uncertainty and penalties must not be negative")
+        _need(self.back_offs >= 0 and self.chunk_tokens >= 0, "ppo.back_offs and ppo.chunk_tokens must not be negative")
         _need(self.estimator in ("gae-ls", "gae", "rloo", "reinforce"), "ppo.estimator must be gae-ls, gae, rloo or reinforce")
         _need(self.updates >= 1 and self.tokens >= 1 and self.epochs >= 1, "ppo.updates, ppo.tokens and ppo.epochs must be at least 1")
         _need(self.prompts_per_update >= 1 and self.replies_per_prompt >= 1, "ppo rollout counts must be at least 1")
@@ -133,6 +152,9 @@ class SFTRoundConfig:
     shrink: float = 0.6
 
     def __post_init__(self) -> None:
+        _numbers(self, "sft.")
+        _need(self.lora_r >= 1 and self.lora_alpha >= 1, "sft.lora_r and sft.lora_alpha must be at least 1")
+        _need(self.max_seconds > 0 and self.max_steps >= 0 and self.weight_decay >= 0, "sft.max_seconds must be positive, sft.max_steps and sft.weight_decay not negative")
         _need(self.min_demonstrations >= 2, "sft.min_demonstrations must be at least 2")
         _need(self.passes >= 1 and self.patience >= 1, "sft.passes and sft.patience must be at least 1")
         _need(self.lr > 0, "sft.lr must be positive")
@@ -162,6 +184,8 @@ class GateConfig:
     shrink: float = 0.7
 
     def __post_init__(self) -> None:
+        _numbers(self, "gate.")
+        _need(self.max_new_tokens >= 1, "gate.max_new_tokens must be at least 1")
         _need(self.prompts >= 1 and self.replies_per_prompt >= 1, "gate.prompts must be at least 1")
         _need(self.temperature >= 0 and 0 <= self.top_p <= 1, "gate.temperature must not be negative, gate.top_p between 0 and 1")
         _need(self.attempts >= 1 and 0 < self.shrink < 1, "gate.attempts must be at least 1, gate.shrink between 0 and 1")
@@ -191,7 +215,10 @@ class LearnerConfig:
     sft: SFTRoundConfig = field(default_factory=SFTRoundConfig)
 
     def __post_init__(self) -> None:
-        _need(self.round_votes >= 1, "round_votes must be at least 1")
+        _numbers(self, "")
+        _need(self.round_votes >= 1 and self.min_votes >= 1, "round_votes and min_votes must be at least 1")
+        _need(self.practice_prompts >= 1, "practice_prompts must be at least 1")
+        _need(self.poll_s > 0 and self.heartbeat_s > 0 and self.take_in_s >= 0, "poll_s and heartbeat_s must be positive, take_in_s not negative")
         _need(0 < self.held_out_prompts < 1, "held_out_prompts must be between 0 and 1")
         _need(self.prompt_tokens >= 1, "prompt_tokens must be at least 1")
         _need(self.threads >= 1, "threads must be at least 1")

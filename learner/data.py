@@ -11,7 +11,7 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from learner.metrics import strict_pairs, tied_pairs
@@ -92,6 +92,10 @@ class Split:
     folds: tuple[Fold, ...]
     by: str  # "prompt and voter" or "prompt"
     note: str
+
+    def where_learned(self, examples: Sequence[RankedExample]) -> Split:
+        """Without the folds whose training votes prefer nothing."""
+        return replace(self, folds=tuple(fold for fold in self.folds if any(examples[i].strict for i in fold.train)))
 
 
 def examples_from_votes(voted: Iterable[Any], tokenizer: Renderer) -> list[RankedExample]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.tokenizer import ChatTokenizer
 from learner.config import LearnerConfig
+from learner.data import prompt_key
 from learner.finetune import AdapterModule, finetune, last_reply, mean_loss
 from learner.practice import choose_prompts
 from learner.round import POLICY, REFERENCE, START, Lap, Learner, Report, RoundStopped
@@ -25,9 +26,9 @@ from learner.sft import Example
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One reply a person wrote: its prompt as the engine renders it, and both as training sees them."""
+    """One reply a person wrote, with its prompt as training sees both. prompt_key: of the conversation so far (`data.prompt_key`)."""
 
-    prompt_ids: tuple[int, ...]
+    prompt_key: str
     example: Example
     vote_id: str
 
@@ -50,7 +51,7 @@ def demonstrations(voted: Sequence[Any], tokenizer: ChatTokenizer, limit: int) -
             prompt = tokenizer.render(messages)
         except ValueError:
             continue
-        found.append(Demonstration(tuple(prompt), last_reply(tokenizer, prompt, item.vote.edit, limit), str(item.vote.id)))
+        found.append(Demonstration(prompt_key(messages), last_reply(tokenizer, prompt, item.vote.edit, limit), str(item.vote.id)))
     return found
 
 
@@ -63,20 +64,21 @@ def digest(found: Sequence[Demonstration]) -> str:
 def learn(learner: Learner, record: dict[str, Any], voted: Sequence[Any], directory: Path, report: Report) -> None:
     """Everything of the round but publishing; fills `record` and leaves the new version in adapter POLICY.
 
-    The demonstrations become `demonstration_seq`; votes stay unused (`last_seq` 0), and so does an operator's wish for a
-    round, so that the PPO round after it has them. Raises RoundStopped, SFTError, GateError, AdapterError, CorruptAdapter.
+    The demonstrations among `voted`, the standing votes, become `demonstration_seq`; votes stay unused (`last_seq` 0), and so does an
+    operator's wish for a round, so that the PPO round after it has them. Of the votes beside them only whose prompt is on which side counts. Raises RoundStopped, SFTError, GateError, AdapterError, CorruptAdapter.
     """
+    own = demonstrated(voted)
     record |= {"kind": "sft", "demonstration_seq": record["last_seq"], "last_seq": 0, "run_requested": 0, "sft": None}
+    record |= {"votes": len(own), "vote_ids": [str(item.vote.id) for item in own], "beside": [str(item.vote.id) for item in voted if not item.vote.edit]}
     config, seed, model = LearnerConfig.from_dict(record["config"]), record["seed"], learner.model
     lap = Lap(record["timings"])
 
     # 1. Demonstrations; those on held-out prompts are for measuring only.
-    found = demonstrations(voted, learner.tokenizer, min(config.sft.max_tokens, model.max_context))
+    found = demonstrations(own, learner.tokenizer, min(config.sft.max_tokens, model.max_context))
     record["data_digest"] = digest(found)
     prompts = choose_prompts(voted, learner.tokenizer, config, seed)
-    held = set(prompts.held_out)
-    training = [d.example for d in found if d.prompt_ids not in held]
-    held_out = [d.example for d in found if d.prompt_ids in held]
+    training = [d.example for d in found if d.prompt_key not in prompts.judging]
+    held_out = [d.example for d in found if d.prompt_key in prompts.judging]
     if found and not training:
         raise RoundStopped("not_ready", "all replies that people wrote so far are in conversations kept for judging: the next ones will tell")
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,10 +90,10 @@ def encode(tokenizer: ChatTokenizer, chat: Sequence[dict[str, str]], limit: int)
     messages = list(chat)
     try:
         try:
-            example = encode_chat(tokenizer.hf, messages)
+            example = encode_chat(tokenizer, messages)
         except SFTError:
             return last_reply(tokenizer, tokenizer.render(messages[:-1]), messages[-1]["content"], limit)
-    except (TemplateError, ValueError):
+    except ValueError:
         return None
     return Example(example.ids[-limit:], example.loss[-limit:])
 

@@ -11,8 +11,7 @@ voters (`learner/reliability.py`).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.features import COUNTS
-from learner.data import Fold, RankedExample, Split
+from learner.data import RankedExample, Split
 from learner.losses import preference_loss
 from learner.metrics import pair_accuracy
 
@@ -130,6 +129,11 @@ def knows_level(examples: Sequence[RankedExample]) -> bool:
     return any(e.accepted for e in examples) and any(e.refused for e in examples)
 
 
+def ridges(least: float) -> list[float]:
+    """The penalties to choose from: `least` and 4, 16, 64, 256 times that, the largest first."""
+    return [least * 4**i for i in reversed(range(5))]
+
+
 class HeldOut:
     """Heads that have not seen what they score: a regression on every fold's training votes, prepared once."""
 
@@ -147,34 +151,43 @@ class HeldOut:
             scores |= {j: (self.features[j] @ head + bias).tolist() for j in fold.test}
         return scores
 
-    def choose_ridge(self, examples: Sequence[RankedExample], least: float) -> float:
-        """Of `least` and 4, 16, 64, 256 times that, the penalty with the lowest pooled held-out loss.
+    def choose_ridge(self, examples: Sequence[RankedExample], penalties: Sequence[float]) -> float:
+        """The penalty with the lowest pooled held-out loss.
 
         Clear tastes want a small one, noisy votes a large one that keeps the scores from boasting.
         """
+        if len(penalties) == 1:
+            return penalties[0]
         losses = []
-        for ridge in (least * 4**i for i in reversed(range(5))):
+        for ridge in penalties:
             rows = [(examples[j], torch.tensor(own)) for j, own in self.scores(examples, ridge).items()]
             losses.append((sum(e.weight * preference_loss(own, e.strict, []).item() for e, own in rows), ridge))
         return min(losses)[1]
 
 
 def learning_curve(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, ridge: float, seed: int, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
-) -> list[dict[str, float]]:
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, learned: Sequence[Mapping[int, float]], ridge: float, seed: int,
+    parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> list[dict[str, float]]:  # fmt: skip
     """Held-out accuracy against votes: heads fitted to a part of every fold's training votes, tested on the same votes.
 
-    Each smaller part lies within the larger. What more votes brought so far says what more would bring.
+    Each smaller part lies within the larger. What more votes brought so far says what more would bring. learned: the weights of each fold's
+    training votes, {index of the example: weight}. Votes on replies that were shown for what they teach are learned from, and not tested.
     """
     rng = random.Random(f"curve/{seed}")
     orders = [rng.sample(fold.train, len(fold.train)) for fold in split.folds]
     curve = []
     for part in parts:
-        folds = [Fold(tuple(order[: max(1, round(part * len(order)))]), fold.test) for order, fold in zip(orders, split.folds, strict=True)]
-        fitted = [fold for fold in folds if any(examples[j].strict or examples[j].tied for j in fold.train)]
-        scores = HeldOut(examples, features, replace(split, folds=tuple(fitted)), COUNTS).scores(examples, ridge)
-        right = [found for j, own in scores.items() if (found := pair_accuracy(own, examples[j].groups)) is not None]
+        right, used = [], []
+        for order, fold, weights in zip(orders, split.folds, learned, strict=True):
+            train = order[: max(1, round(part * len(order)))]
+            if not any(examples[j].strict or examples[j].tied for j in train):
+                continue
+            head, bias, _ = linear_probe([examples[j] for j in train], [features[j] for j in train], torch.tensor([weights[j] for j in train]), ridge, COUNTS)
+            tested = [pair_accuracy((features[j] @ head + bias).tolist(), examples[j].groups) for j in fold.test if not examples[j].chosen]
+            right += [found for found in tested if found is not None]
+            used.append(len(train))
         if right:
-            votes = sum(len(fold.train) for fold in fitted) / len(fitted)
+            votes = sum(used) / len(used)
             curve.append({"votes": round(votes), "accuracy": round(sum(right) / len(right), 4)})
     return curve

@@ -275,7 +275,8 @@ def train_ppo(
                     kept = judged.best
                 stopped = f"held-out reward members no longer agree that it improves: went back to update {kept.update}"
                 break
-            kept = Kept(model, policy, update, row["kl"], batch.texts[0])
+            made = update if moved else kept.update  # what was gone back to is as many updates old as it was
+            kept = Kept(model, policy, made, row["kl"], batch.texts[0])
             finalists.look(worth(batch, scores, spans, kl_reply), kept)
             if "judges" in row and judged.newest_is_best:
                 judged.best = kept
@@ -283,7 +284,7 @@ def train_ppo(
                 history.append(row | {"seconds": time.monotonic() - lap})
                 kept = finalists.best(worth_of) or kept
                 stopped = limit if update == last else f"{limit} after {update} updates"
-                stopped += "" if kept.update == update else f": went back to update {kept.update}, the best of them"
+                stopped += "" if kept.update == made else f": went back to update {kept.update}, the best of them"
                 break
 
             # 6. Rewards a token, then advantages.

@@ -20,10 +20,15 @@ from learner.prompts import POOL, PromptsError, conversations_from
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of the prompts of one round: what PPO practises on, and what the gate asks. They share none."""
+    """Token ids of the prompts of one round: what PPO practises on, and what the gate asks. They share none.
+
+    judging: keys (`data.prompt_key`) of all prompts of people's that are on the gate's side, those too long to be asked included:
+    nothing that stands there may be learned by heart.
+    """
 
     practice: tuple[tuple[int, ...], ...]
     held_out: tuple[tuple[int, ...], ...]
+    judging: frozenset[str]
 
 
 def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerConfig, seed: int) -> Prompts:
@@ -43,10 +48,11 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     own, conversations = rendered(asked, tokenizer, config.prompt_tokens), dict[str, set[str]]()
     for messages, conversation in asked:
         conversations.setdefault(prompt_key(messages), set()).add(conversation)
+    belong = {key: ({pool[key][0]}, half) if key in pool else (owners, config.held_out_prompts) for key, owners in conversations.items()}
+    judging = frozenset(key for key, (owners, share) in belong.items() if all(held_out_side(owner, share, config.seed) for owner in owners))
     practice, held_out = list[tuple[int, ...]](), list[tuple[int, ...]]()
     for key in shuffled(own, rng):
-        owners, share = ({pool[key][0]}, half) if key in pool else (conversations[key], config.held_out_prompts)
-        (held_out if all(held_out_side(owner, share, config.seed) for owner in owners) else practice).append(own[key][1])
+        (held_out if key in judging else practice).append(own[key][1])
     wanted = max(config.practice_prompts, 2 * len(practice) if config.pool else 0)
     for key in shuffled(pool.keys() - own.keys(), rng):
         belongs, ids = pool[key]
@@ -58,7 +64,7 @@ def choose_prompts(voted: Sequence[Any], tokenizer: Renderer, config: LearnerCon
     if not practice or not held_out:
         few = f"{len(own.keys() | pool.keys())} prompts of at most {config.prompt_tokens} tokens are too few"
         raise PromptsError(f"{few} to practise on some and be judged on others: give a longer pool")
-    return Prompts(tuple(practice), tuple(held_out))
+    return Prompts(tuple(practice), tuple(held_out), judging)
 
 
 def first_turn(messages: Sequence[Any]) -> str:

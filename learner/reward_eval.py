@@ -29,8 +29,8 @@ CHUNK = 64  # comparisons between two looks of the progress bar
 
 
 def saved_round(files: RoundFiles, wanted: int | None = None) -> int:
-    """Round `wanted`, or the newest, that saved a reward model. Raises NotFound, naming those that did."""
-    there = [n for n in files.all() if (files.directory(n) / SAVED / "reward.json").is_file()]
+    """Round `wanted`, or the newest, that saved a reward model and says which votes it learned from. Raises NotFound, naming those that did."""
+    there = [r["round"] for r in files.records() if r.get("vote_ids") and (files.directory(r["round"]) / SAVED / "reward.json").is_file()]
     if not there:
         raise NotFound(f"no round in {files.root} has saved a reward model: one is saved once its votes are enough")
     if wanted is None:
@@ -41,18 +41,15 @@ def saved_round(files: RoundFiles, wanted: int | None = None) -> int:
 
 
 def load_reward(model: CausalModel, files: RoundFiles, n: int) -> tuple[RewardModel, dict[str, Any]]:
-    """The reward model of round `n` on `model`, and the round's record (empty while it runs).
+    """The reward model of round `n` on `model`, and the round's record.
 
     Raises NotFound when it was trained on another base, engine.lora.AdapterError.
     """
-    try:
-        record = files.read(n)
-    except (FileNotFoundError, ValueError):
-        record = {}
-    if record.get("base_digest") and record["base_digest"] != model.digest:
+    record = files.read(n)
+    if record["base_digest"] != model.digest:
         raise NotFound(f"the reward model of round {n} reads another base model ({record.get('base_model')}) than {model.source}")
     known = {f.name for f in dataclasses.fields(RewardConfig)}
-    written = (record.get("config") or {}).get("reward") or {}
+    written = record["config"]["reward"]
     config = RewardConfig(**{name: value for name, value in written.items() if name in known})
     return RewardModel.load(model, config, files.directory(n) / SAVED), record
 
@@ -61,7 +58,7 @@ def learned_prompts(data_dir: Path, record: dict[str, Any]) -> set[str] | None:
     """Keys of the prompts whose votes the round learned from, replaced or withdrawn since or not; None where there is no database to tell."""
     try:
         with Store.open(data_dir, read_only=True) as store:
-            return {prompt_key(comparison.messages) for comparison in store.voted_on(record.get("vote_ids") or ())}
+            return {prompt_key(comparison.messages) for comparison in store.voted_on(record["vote_ids"])}
     except NoDatabase:
         return None
 

@@ -4,7 +4,7 @@ Members (`learner/reward.py`) learn from votes by Bradley-Terry over all strict 
 (Ouyang et al. 2022, Eq. 1), ties by half a win each way or Davidson (1970), "none is good" by an outside option (Luce
 1959), each vote weighted by its voter's reliability (`learner/reliability.py`); they differ in their initial weights, order of data and in
 Bayesian-bootstrap weights of the votes (Rubin 1981). Before any of it is believed, `cross_validate` scores every vote with members that
-did not see its prompt, nor its voter where voters can be kept apart (`learner/data.py`).
+did not see its prompt, nor its voter where voters can be kept apart (`learner/data.py`), and whose votes were weighed without it.
 
 Does not judge the figures (`learner/metrics.py`) or split the votes (`learner/data.py`).
 """
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from engine.features import COUNTS
 from engine.model import CausalModel
 from learner.config import RewardConfig
-from learner.data import RankedExample, Split
-from learner.heads import HeldOut, knows_level, linear_probe
+from learner.data import RankedExample, Split, split_folds
+from learner.heads import HeldOut, knows_level, linear_probe, ridges
 from learner.losses import outside_option, preference_loss
 from learner.reliability import Voter, weigh_voters, weighted
 from learner.reward import RewardDiverged, RewardModel, read
@@ -143,7 +143,7 @@ class CrossValidation:
     scores: {index of the example: (K,) scores}. curve: held-out loss (nats a comparison) after 0, 1, ... whole passes;
     epochs: how many paid. ridge: the penalty that was best for the heads. judges: the members that gave the scores, one
     a fold, as they were then. examples: as given, but weighted by how reliable their voters are, which `voters` says.
-    features: `base_features` of the examples.
+    learned: what each fold's member learned from, {index of the example: its weight there}. features: `base_features` of the examples.
     """
 
     scores: dict[int, list[float]]
@@ -153,6 +153,7 @@ class CrossValidation:
     judges: RewardModel
     examples: list[RankedExample]
     voters: dict[str, Voter]
+    learned: list[dict[int, float]]
     features: list[Tensor]
 
 
@@ -163,16 +164,19 @@ def cross_validate(
     """Fit one member a fold, side by side, until the pooled held-out loss stops falling; scores at the best pass.
 
     The members stay as `judges`: each has left some prompts (and voters) unseen, none is what PPO optimises. Voters are
-    weighed (`weigh`) before anything is fitted that stays. known: see `base_features`.
+    weighed (`weigh`) before anything is fitted that stays, for each fold by its training votes alone: a voter who agrees with
+    the votes that are tested would else count for more. known: see `base_features`.
     """
     reward = RewardModel.create(model, config, len(split.folds), "judge")
     progress(0.0, "reading the votes")
     features = base_features(reward, examples, known)
-    examples, voters, ridge = weigh(examples, features, split, config.ridge)
-    fits = [
-        Fit(reward, i, [examples[j] for j in fold.train], [features[j] for j in fold.train], ridge, seed + i)
-        for i, fold in enumerate(split.folds)
-    ]
+    alike = examples
+    examples, voters, ridge = weigh(alike, features, split, ridges(config.ridge))
+    fits = []
+    for i, fold in enumerate(split.folds):
+        own = [features[j] for j in fold.train]
+        fits.append(Fit(reward, i, weighed_alone([alike[j] for j in fold.train], own, config.folds, ridge, seed), own, ridge, seed + i))
+    learned = [{j: e.weight for j, e in zip(fold.train, fit.examples, strict=True)} for fold, fit in zip(split.folds, fits, strict=True)]
     best = [Tested.of(reward, i, examples, features, fold.test) for i, fold in enumerate(split.folds)]
     curve, passes = [mean_loss(best)], 0
     while passes + 1 == len(curve) <= config.epochs:  # each pass so far has paid
@@ -191,7 +195,7 @@ def cross_validate(
             break
     for i, kept in enumerate(best):
         kept.restore(reward, i)
-    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, examples, voters, features)
+    return CrossValidation({j: s for kept in best for j, s in kept.scores.items()}, curve, passes, ridge, reward, examples, voters, learned, features)
 
 
 @dataclass(frozen=True)
@@ -238,21 +242,30 @@ def mean_loss(parts: Sequence[Tested]) -> float:
 
 
 def weigh(
-    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, least: float
+    examples: Sequence[RankedExample], features: Sequence[Tensor], split: Split, penalties: Sequence[float]
 ) -> tuple[list[RankedExample], dict[str, Voter], float]:
-    """The examples weighted by their voters, the voters, and the heads' penalty for examples so weighted.
+    """The examples weighted by their voters, the voters, and which of `penalties` suits the heads for examples so weighted.
 
     Twice: by held-out scores of heads that took all votes alike, then of heads that weighed them. The second pays where
     many are off: with one contrary voter in five, the first heads know too little to tell who it is.
     """
     examples, voters, heads = list(examples), dict[str, Voter](), HeldOut(examples, features, split, COUNTS)
-    ridge, people = heads.choose_ridge(examples, least), len({e.voter for e in examples})
+    ridge, people = heads.choose_ridge(examples, penalties), len({e.voter for e in examples})
     for _ in range(2 if people > 2 else 1):
         voters = weigh_voters(examples, heads.scores(examples, ridge))
         if people > 1:
             examples = weighted(examples, voters)
-            ridge = heads.choose_ridge(examples, least)
+            ridge = heads.choose_ridge(examples, penalties)
     return examples, voters, ridge
+
+
+def weighed_alone(examples: Sequence[RankedExample], features: Sequence[Tensor], folds: int, ridge: float, seed: int) -> list[RankedExample]:
+    """A fold's training votes weighted by their voters, as these votes alone tell it; all alike where they cannot be split."""
+    try:
+        split = split_folds(examples, folds, seed).where_learned(examples)
+    except ValueError:
+        return list(examples)
+    return weigh(examples, features, split, [ridge])[0]
 
 
 def fit_members(

@@ -163,6 +163,7 @@ class Learner:
                 curves.add_scalar("reward/held_out_loss", loss, step)
             if reward is None or judges is None or not may_train:
                 raise RoundStopped("not_ready", record["reward"]["words"])
+            write_json(directory / DRAFT, finite(record))  # should we be killed during PPO: what the reward model learned from
             reward.save(directory / "reward")
             lap.mark("save_s")
 
@@ -172,13 +173,12 @@ class Learner:
                     if name != "update" and isinstance(value, int | float):
                         curves.add_scalar(f"ppo/{name}", value, int(row["update"]))
 
-            judged_on = set(prompts.held_out)
             ppo = replace(config.ppo, kl_target=kl_warranted(config.ppo, len(examples)))
             result = train_ppo(
                 self.model, self.tokenizer, reward, prompts=prompts.practice, policy=POLICY, config=ppo, start=start,
                 reference=reference, judges=judges, seed=seed, progress=lambda f, m: report("ppo", f, m), on_update=curve,
                 schedule=record.get("schedule", ()),
-                demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats and e.prompt_ids not in judged_on],
+                demonstrations=[(e.prompt_ids, e.completions_ids[-1]) for e in examples if e.edit_beats and e.prompt_key not in prompts.judging],
             )  # fmt: skip
             lap.mark("ppo_s")
             record["ppo"] = {
@@ -303,8 +303,7 @@ def train_reward(
         split = split_folds(examples, config.reward.folds, seed)
     except ValueError as error:
         return None, None, report | {"verdict": "not_yet", "words": f"not yet: {error}"}, False
-    usable = [fold for fold in split.folds if any(examples[i].strict for i in fold.train)]
-    split = replace(split, folds=tuple(usable))
+    split = split.where_learned(examples)
     checked = cross_validate(model, examples, split, config.reward, seed, lambda f, m: progress(0.55 * f, m), known)
     clusters, _ = prompt_groups(examples)
     groups = [e.groups for e in examples]
@@ -317,7 +316,7 @@ def train_reward(
         "split_by": split.by, "split": split.note, "folds": len(split.folds), "agreement": ceiling,
         "held_out_loss": [round(x, 4) for x in checked.curve], "passes": checked.epochs, "ridge": checked.ridge, "members": config.reward.members,
         "voters": voters_report(checked.voters),
-        "learning_curve": learning_curve(checked.examples, checked.features, split, checked.ridge, seed),
+        "learning_curve": learning_curve(examples, checked.features, split, checked.learned, checked.ridge, seed),
     }  # fmt: skip
     if not verdict.may_train:
         return None, checked.judges, report, False
@@ -347,9 +346,9 @@ def close_unfinished(files: RoundFiles, registry: AdapterRegistry) -> list[tuple
             rejected = (made.gate or {}).get("verdict") == "rejected"
             record |= {"state": "rejected" if rejected else "published", "version": made.version, "ended": made.created}
         else:
-            record = {
-                "state": "abandoned", "reason": "the learner was stopped during this round; its votes go to the next",
-                "started": None, "ended": time.time(), "votes": 0, "reward": None, "ppo": None, "gate": None, "version": None,
+            nothing = dict.fromkeys(("started", "reward", "ppo", "gate")) | {"votes": 0}
+            record = nothing | record | {
+                "state": "abandoned", "reason": "the learner was stopped during this round; its votes go to the next", "version": None, "ended": time.time(),
             }  # fmt: skip
         files.finish(n, record)
         closed.append((n, record["state"]))
@@ -370,15 +369,16 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
         old = files.read(n)
     except ValueError as damaged:
         raise RoundStopped("failed", f"round {n} cannot be replayed: its record is damaged") from damaged
-    if "config" not in old:
-        raise RoundStopped("failed", f"round {n} cannot be replayed: it was cut short before it had a record of its settings")
+    if old["state"] == "abandoned" or "config" not in old:
+        raise RoundStopped("failed", f"round {n} cannot be replayed: it was cut short")
     config = LearnerConfig.from_dict(old["config"])
     schedule = [row["done"] for row in (old.get("ppo") or {}).get("history", ())]
     if finetuning := old.get("kind") == "sft":
         config = replace(config, sft=replace(config.sft, max_seconds=math.inf, max_steps=(old.get("sft") or {}).get("steps", 0)))
     with Store.open(data_dir, read_only=True) as store:
         by_id = {str(item.vote.id): item for item in store.voted_comparisons()}
-    gone = [vote for vote in old["vote_ids"] if vote not in by_id]
+    votes = [*old["vote_ids"], *old.get("beside", ())]
+    gone = [vote for vote in votes if vote not in by_id]
     if gone:
         raise RoundStopped("failed", f"round {n} cannot be replayed: {len(gone)} of its votes were withdrawn or replaced since")
     torch.set_num_threads(config.threads)
@@ -390,7 +390,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             learn = demonstrations.learn if finetuning else Learner.learn
-            learn(learner, record, [by_id[vote] for vote in old["vote_ids"]], Path(scratch), lambda *_: None)
+            learn(learner, record, [by_id[vote] for vote in votes], Path(scratch), lambda *_: None)
             learner.model.lora.save(POLICY, Path(scratch) / "adapter")
             digest = hashlib.sha256((Path(scratch) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
         except RoundStopped as stop:

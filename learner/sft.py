@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from engine.tokenizer import ChatTokenizer
 from learner.muon import Muon
 
 IGNORE = -100  # target value without loss, as in torch's cross_entropy
@@ -83,37 +84,26 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
     return Example(ids, (False,) + (True,) * (len(ids) - 1))
 
 
-def chat_segments(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> list[tuple[str, bool]]:
-    """Cut a rendered chat into (text, is_assistant) pieces: what the server would feed, and what it would sample.
+def encode_chat(tokenizer: ChatTokenizer, messages: Sequence[dict]) -> Example:
+    """A chat as the server would feed and sample it: before each reply what the engine renders, then the reply and its end token.
 
-    Raises SFTError when the template rewrites earlier turns, so that no cut exists.
+    Loss only on replies, the end token included; what anybody wrote is text, also where it spells a special token. Text after the last
+    reply is dropped, spaces around replies too. Raises SFTError when the template changes earlier turns, so that its replies are not in one row, ValueError when it refuses the chat.
     """
-    pieces: list[tuple[str, bool]] = []
-    done = ""
+    messages = [m | {"content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
+    ids: list[int] = []
+    loss: list[bool] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = str(tokenizer.apply_chat_template(list(messages[:i]), tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False))
-        if not before.startswith(done) or not after.startswith(before):
+        prompt = tokenizer.render(messages[:i])
+        if prompt[: len(ids)] != ids:
             raise SFTError("the chat template changes earlier turns; train on single-turn chats with this model")
-        pieces += [(before[len(done):], False), (after[len(before):], True)]
-        done = after
-    if not pieces:
+        reply = [*tokenizer.encode(message["content"]), tokenizer.end_id]
+        loss += [False] * (len(prompt) - len(ids)) + [True] * len(reply)
+        ids = [*prompt, *reply]
+    if not ids:
         raise SFTError("a chat without an assistant turn has nothing to learn from")
-    return pieces
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> Example:
-    """Render a chat; loss only on assistant tokens, the end token included. Text after the last reply is dropped."""
-    ids: list[int] = []
-    loss: list[bool] = []
-    for text, is_assistant in chat_segments(tokenizer, messages):
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        if is_assistant and tokenizer.eos_token_id in piece:  # some templates put a newline after the end token
-            piece = piece[: piece.index(tokenizer.eos_token_id) + 1]
-        ids += piece
-        loss += [is_assistant] * len(piece)
     return Example(tuple(ids), tuple(loss))
 
 

@@ -158,7 +158,6 @@ class Worker:
 
         began, started = time.monotonic(), time.time()
         learn = demonstrations.learn if finetuning else None
-        voted = demonstrations.demonstrated(voted) if finetuning else voted
         n = self.files.begin()
         log.info("round_started", round=n, votes=len(voted), live=live)
 

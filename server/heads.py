@@ -43,12 +43,13 @@ class Heads:
 
 
 def newest_heads(rounds: RoundFiles, base_digest: str) -> Heads | None:
-    """Of the last round that fitted a reward model; None before there is one. Raises Unusable."""
+    """Of the last round that fitted a reward model and says on which base; None before there is one. Raises Unusable."""
     for n in reversed(rounds.finished()):
         path = rounds.directory(n) / "reward"
         if (path / "reward.json").is_file():
             try:
-                return _read(path, rounds.read(n), base_digest, n)
+                if "base_digest" in (record := rounds.read(n)):
+                    return _read(path, record, base_digest, n)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as damaged:
                 raise Unusable(f"the reward model of round {n} cannot be read ({type(damaged).__name__})") from damaged
     return None

@@ -484,7 +484,7 @@ class Store:
         last_seq = 0 if abandoned else int(record.get("last_seq") or 0)
         with self._write() as db:
             db.execute("insert or replace into rounds values (?, ?, ?, ?)", [n, json.dumps(dict(record)), last_seq, time.time()])
-            db.conn.executemany("insert or ignore into round_votes values (?, ?)", [(n, v) for v in record.get("vote_ids") or ()])
+            db.conn.executemany("insert or ignore into round_votes values (?, ?)", [(n, v) for v in (() if abandoned else record.get("vote_ids") or ())])
 
     def rounds(self) -> list[dict[str, Any]]:
         """Every finished round as the learner wrote it, oldest first."""

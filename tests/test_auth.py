@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,16 +48,14 @@ def test_a_key_that_names_none_of_ours_is_told_without_hashing(tmp_path: Path) -
         assert ring.named(wrong) is None and ring.find(wrong) is None
 
 
-def test_a_verified_key_is_found_fast_the_second_time(tmp_path: Path) -> None:
+def test_a_verified_key_is_found_without_hashing_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ring = Keyring(tmp_path)
     key = ring.create("user", "ana")
     assert not ring.is_cached(key)
     ring.find(key)
     assert ring.is_cached(key)
-    began = time.perf_counter()
-    for _ in range(20):
-        assert ring.find(key) is not None
-    assert time.perf_counter() - began < 0.02  # argon2 alone would take over 0.2 s
+    monkeypatch.setattr(ring, "_hasher", None)  # what takes its time
+    assert ring.find(key) is not None
 
 
 def test_a_key_made_or_revoked_by_another_process_counts_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,10 @@ def test_a_reward_model_that_cannot_score_here_is_not_used(tmp_path: Path, model
         newest_heads(files, model.digest)
     save_round(tmp_path, model)
     assert newest_heads(files, model.digest) is not None
+    cut_short = files.begin()  # by an earlier Plaudit, whose record says nothing of it
+    shutil.copytree(files.directory(2) / "reward", files.directory(cut_short) / "reward")
+    files.finish(cut_short, {"state": "abandoned"})
+    assert (found := newest_heads(files, model.digest)) is not None and found.round == 2
     about = files.directory(2) / "reward" / "reward.json"
     about.write_text(about.read_text().replace("false", "true"))
     with pytest.raises(Unusable, match="adapters"):

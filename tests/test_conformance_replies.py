@@ -223,7 +223,7 @@ def test_instruction_finetuning_learns_the_end_token_and_no_padding_where_they_a
     tokenizer.pad_token = tokenizer.eos_token
     end = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == end == 1
-    examples = [encode_chat(tokenizer, CHAT), encode_chat(tokenizer, CHAT[:2])]
+    examples = [encode_chat(ChatTokenizer.of(tokenizer), CHAT), encode_chat(ChatTokenizer.of(tokenizer), CHAT[:2])]
     ids, targets = collate(examples, pad_id=end)
     _, elsewhere = collate(examples, pad_id=0)
     assert torch.equal(targets, elsewhere) and (targets == end).sum(1).tolist() == [2, 1]  # one a reply

@@ -54,6 +54,14 @@ def test_an_absent_interpreter_says_what_to_do(tmp_path: Path) -> None:
         peer_python(None, {"PLAUDIT_PEERS": str(tmp_path)}, tmp_path / "nowhere")
 
 
+def test_our_threads_sleep_while_they_wait_and_a_peers_do_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    tell = CHILD.replace("turns.say(got=asked", "import os; turns.say(got=os.environ.get('OMP_WAIT_POLICY')")
+    for sleeping, policy in ((True, "passive"), (False, None)):
+        with Contestant("child", [sys.executable, "-c", tell, "0"], tmp_path / "child.log", threads=1, sleeping=sleeping) as child:
+            assert child.turn()["got"] == policy
+
+
 def test_a_turn_carries_the_request_there_and_the_answer_back(tmp_path: Path) -> None:
     with contestant(tmp_path) as child:
         answer = child.turn(fold=3)

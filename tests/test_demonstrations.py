@@ -15,8 +15,9 @@ from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import round as round_module
 from learner.config import LearnerConfig, SFTRoundConfig
-from learner.demonstrations import demonstrated, demonstrations, learn
-from learner.practice import held_out_side
+from learner.data import prompt_key
+from learner.demonstrations import demonstrations, learn
+from learner.practice import choose_prompts, held_out_side
 from learner.round import Learner, close_unfinished, replay_round
 from learner.versions import shrink
 from learner.worker import finetuning_due, progress_so_far
@@ -59,7 +60,7 @@ def learner_on(data_dir: Path, model: CausalModel, tokenizer: ChatTokenizer, con
 
 def finetuning_round(learner: Learner, voted: list[Any], live: str = "base", seen: list | None = None) -> dict[str, Any]:
     report = lambda *what: seen.append(what) if seen is not None else None  # noqa: E731
-    return learner.run_round(learner.files.begin(), demonstrated(voted), live, run_requested=3, report=report, learn=learn)
+    return learner.run_round(learner.files.begin(), voted, live, run_requested=3, report=report, learn=learn)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,26 @@ def test_edits_that_are_all_in_a_conversation_kept_for_judging_wait_for_others(t
     assert record["state"] == "not_ready" and "kept for judging" in record["reason"] and "template" not in record["reason"]
 
 
+def test_a_prompt_that_a_plain_vote_practises_is_learned_from_and_a_long_one_kept_for_judging_is_not(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    """Sides go by every standing vote's conversation, and also where a prompt is too long for the gate to ask."""
+    sides = {side: next(name for name in (f"chat-{n}" for n in range(100)) if held_out_side(name, CONFIG.held_out_prompts, CONFIG.seed) is side) for side in (True, False)}
+    short, long = ({"role": "user", "content": "Edit number 1?"},), ({"role": "user", "content": "Edit number 2? " * 40},)
+    config = replace(CONFIG, prompt_tokens=64)
+    with Store.open(tmp_path) as store:
+        for n, (conversation, said) in enumerate([(sides[True], short), (sides[False], short), (sides[True], long), *((f"other-{k}", ({"role": "user", "content": f"Bees {k}?"},)) for k in range(6))]):
+            replies = (Completion(0, "No.", (), (), "base", "stop", n), Completion(1, "Yes.", (), (), "base", "stop", n))
+            store.record_comparison(NewComparison(id=f"c-{n}", conversation_id=conversation, voter="ann", messages=said, settings={}, completions=replies))
+            store.record_vote(f"c-{n}", "ann", groups=[[0], [1]], kind="favourite", edit=None if n == 1 else f"People like bees number {n}.")
+        voted = store.voted_comparisons()
+        prompts = choose_prompts(voted, tokenizer, config, 3)
+        record = finetuning_round(learner_on(tmp_path, model, tokenizer, config), voted)
+    assert prompt_key(long) in prompts.judging and prompt_key(short) not in prompts.judging
+    edited = [v for v in voted if v.vote.edit]
+    kept = sum(prompt_key(v.comparison.messages) in prompts.judging for v in edited)
+    assert kept >= 1 and (record["sft"]["chats"], record["sft"]["held_out"]) == (len(edited) - kept, kept)
+    assert prompt_key(short) in choose_prompts([v for v in voted if v.vote.edit], tokenizer, config, 3).judging  # which is why it must see all
+
+
 def test_only_the_persons_reply_carries_loss(finetuned: tuple, tokenizer: ChatTokenizer) -> None:
     with Store.open(finetuned[0], read_only=True) as store:
         found = demonstrations(store.voted_comparisons(), tokenizer, 512)
@@ -104,7 +125,7 @@ def test_the_round_publishes_a_version_of_kind_sft_with_its_lineage(finetuned: t
     assert manifest.base_digest == model.digest and manifest.data_digest == record["data_digest"]
     assert record["sft"]["loss_after"] < record["sft"]["loss_before"]
     assert 1 <= record["sft"]["held_out"] <= 5 and record["sft"]["held_out"] + record["sft"]["chats"] == 12  # a fifth or so is for measuring only
-    assert record["votes"] == len(record["vote_ids"]) == 12
+    assert record["votes"] == len(record["vote_ids"]) == 12 and len(record["beside"]) == 24
     assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["finetuning", "gating"]
     assert "bees number" not in (data_dir / "rounds" / "000001" / "round.json").read_text()
 

@@ -179,6 +179,26 @@ def test_old_versions_are_unloaded_and_come_back_when_asked_for_by_name(tiny_lla
             "plaudit", "plaudit@base", "plaudit@v000001", "plaudit@v000002", "plaudit@v000003"]
 
 
+def test_a_version_that_is_answering_is_not_unloaded(tiny_llama: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "adapters")
+    with served(settings_for(tmp_path, tiny_llama, max_tokens=400)) as running, running.client() as c:
+        for seed in (1, 2, 3):
+            gone_live(running, registry, tiny_llama, seed)
+        engine = running.runtime.bridge._engine
+        running.until(lambda: "v000001" not in engine.versions())
+        running.slow()
+        body = {"model": "plaudit@v000001", "messages": HELLO, "n": 1, "max_tokens": 300, "stream": True, "temperature": 2}
+        with c.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.runtime.deployment.idle_unload_s = 0.0
+            asyncio.run_coroutine_threadsafe(running.runtime.deployment._unload_idle(), running.runtime.bridge._loop).result(10)
+            assert "v000001" in engine.versions()
+            assert list(filter(None, lines))[-1] == "data: [DONE]"
+        running.until(lambda: "v000001" not in engine.versions())
+        assert ask(c, 1, model="plaudit@v000001")["model"] == "plaudit@v000001"
+
+
 def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path / "adapters")
     flipped = publish_random(registry, tiny_llama, seed=1)
@@ -507,6 +527,7 @@ def test_an_uploaded_adapter_is_checked_and_becomes_a_candidate(tiny_llama: Path
         made = c.post("/v1/adapters", json={**good, "comment": "by hand"})
         assert made.status_code == 201 and made.json()["status"] == "candidate" and made.json()["kind"] == "upload"
         version = made.json()["version"]
+        assert ("upload", version) in [(entry["action"], json.loads(entry["detail"]).get("version")) for entry in running.runtime.store.audit_log()]
         assert running.runtime.deployment.live == "base"
         assert c.post(f"/v1/adapters/{version}/promote").status_code == 200
         assert ask(c, 1)["model"] == f"plaudit@{version}"

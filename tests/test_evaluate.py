@@ -228,6 +228,9 @@ def judged(tmp_path: Path, always_b: Path, model: CausalModel, tokenizer: ChatTo
     n = files.begin()
     longer_is_better(model).save(files.directory(n) / "reward")
     files.finish(n, {"state": "failed", "vote_ids": votes, "base_digest": model.digest, "config": {"reward": {"max_tokens": 256}}})
+    cut_short = files.begin()  # by an earlier Plaudit: nobody knows what its reward model learned from
+    longer_is_better(model).save(files.directory(cut_short) / "reward")
+    files.finish(cut_short, {"state": "abandoned"})
     return data_dir
 
 

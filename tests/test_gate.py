@@ -116,6 +116,16 @@ def test_broken_text_that_the_members_like_is_rejected() -> None:
     assert judge(hacked, LIVE, hacked, KL, CONFIG).failed == []  # the reference's own rate is what it is held to
 
 
+def test_each_check_compares_with_the_version_it_is_about() -> None:
+    """Length and refusals with the live version, which people know; what is broken, repeated or the same to all with the reference."""
+    ours = replies(sound(2), lengths=[10] * 48)
+    live = replies([f"I am sorry, but I cannot help with the {a} and the {b}." for a in THINGS for b in DOINGS][:48], lengths=[20] * 48)
+    reference = replies(["The moon is round and round and round and round and round and round."] * 48, lengths=[40] * 48)
+    value = {c.name: c.value for c in judge(ours, live, reference, KL, CONFIG).checks}
+    assert value["length"] == 0.5 and value["refusals"] == -1.0
+    assert value["broken"] == -1.0 and value["repetition"] < -0.3 and value["distinct2"] > 5
+
+
 def test_one_that_is_too_far_away_is_rejected() -> None:
     assert judge(BETTER, LIVE, LIVE, KL * 3, CONFIG).failed == ["kl"]
 
@@ -265,6 +275,16 @@ def test_what_live_and_reference_said_is_asked_once_for_several_candidates(
     assert [asked(candidate, answers) for candidate in (near, far)] == alone and alone[0] != alone[1]
     looks = max(look for _, look in answers) + 1
     assert versions.count(other) == versions.count(BASE) == looks and versions.count(near) + versions.count(far) > looks
+
+
+def test_distance_is_measured_from_the_reference_and_not_the_live_version(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
+    other, near, config = shaken(model, "other", 0.3), shaken(model, "near", 0.05), GateConfig(max_new_tokens=10)
+
+    def asked(live: str | None, reference: str | None) -> dict:
+        return run_gate(model, tokenizer, None, prompts=prompts, candidate=near, live=live, reference=reference, config=config, probes=[])
+
+    base, from_other, to_other = asked(None, None), asked(other, None), asked(None, other)
+    assert from_other["kl"] == base["kl"] < to_other["kl"]
 
 
 class Partial(RewardModel):

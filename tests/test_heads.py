@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from engine.features import COUNTS
 from engine.model import CausalModel
 from learner.data import RankedExample, split_folds
-from learner.heads import HeldOut, learning_curve, linear_probe
+from learner.heads import HeldOut, learning_curve, linear_probe, ridges
 from learner.metrics import pair_accuracy
 from learner.reward import RewardModel
 from learner.reward_fit import base_features
@@ -198,14 +198,14 @@ def test_clear_tastes_get_a_small_penalty_and_noise_a_large_one(model: CausalMod
     features = base_features(RewardModel.create(model, SMALL, 1), clear)
     noise = [replace(e, groups=((best := rng.randrange(3),), tuple(i for i in range(3) if i != best))) for e in clear]
     split = split_folds(clear, 3, 0)
-    assert HeldOut(clear, features, split, COUNTS).choose_ridge(clear, 0.01) < HeldOut(noise, features, split, COUNTS).choose_ridge(noise, 0.01)
+    assert HeldOut(clear, features, split, COUNTS).choose_ridge(clear, ridges(0.01)) < HeldOut(noise, features, split, COUNTS).choose_ridge(noise, ridges(0.01))
 
 
 def test_the_learning_curve_rises_with_votes_and_ends_at_the_heads_own_accuracy(model: CausalModel) -> None:
     examples = shortest_wins(48, seed=5)
     split = split_folds(examples, 3, 0)
     features = base_features(RewardModel.create(model, SMALL, 1), examples)
-    curve = learning_curve(examples, features, split, 0.01, seed=0)
+    curve = learning_curve(examples, features, split, [dict.fromkeys(fold.train, 1.0) for fold in split.folds], 0.01, seed=0)
     assert [point["votes"] for point in curve] == [8, 16, 24, 32]
     heads = HeldOut(examples, features, split, COUNTS).scores(examples, 0.01)
     right = [pair_accuracy(scores, examples[i].groups) for i, scores in heads.items()]

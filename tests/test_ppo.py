@@ -167,7 +167,28 @@ def test_what_was_gone_back_to_is_learned_from_even_if_it_measures_over_the_ceil
     assert [row["update"] for row in result.history if row["kl"] > 5.0] == [3, 4, 5]
     # From 3 it went back; 4 is that same policy again, and learned from; 5 was led over the ceiling again, and that was once too often.
     assert [row["update"] for row in result.history if "policy_loss" not in row] == [3, 5]
-    assert "over the ceiling" in result.stopped and result.kept_update == 4
+    assert "went back to update 2" in result.stopped and result.kept_update == 2  # which 4 was, too
+
+
+def test_a_run_that_always_went_back_to_where_it_began_says_that_nothing_came_of_it(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled, sample, measure = [0], rollout.sample, rollout.reply_divergence
+
+    def counted(*args: object, **kwargs: object) -> rollout.Trajectories:
+        sampled[0] += 1
+        return sample(*args, **kwargs)
+
+    def far(*args: object) -> rollout.Divergence:
+        found = measure(*args)
+        return replace(found, kl=found.kl + 1.0) if sampled[0] - 2 in (1, 3, 5, 7) else found
+
+    monkeypatch.setattr(rollout, "sample", counted)
+    monkeypatch.setattr(rollout, "reply_divergence", far)
+    config = replace(SMALL, updates=8, lr=1e-3, kl_target=5.0, kl_ceiling=1.0, back_offs=3)
+    result = train_ppo(model, tokenizer, reward_for(model, even_share), prompts=prompts, policy="p", config=config)
+    assert result.kept_update == 0 and "went back to update 0" in result.stopped
+    assert not any(p.any() for name, p in model.lora.parameters("p").items() if ".lora_B." in name)
 
 
 def test_the_base_over_the_ceiling_of_a_named_reference_is_left_for_it_too(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:

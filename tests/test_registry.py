@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,37 @@ def test_a_version_is_what_was_written_and_says_so(tmp_path: Path) -> None:
     assert made.sha256 == hashlib.sha256(f"adapter_config.json {config}\nadapter_model.safetensors {weights}".encode()).hexdigest()
     assert registry.verify("v000001") == made == Manifest.from_dict(made.to_dict())
     assert made.extra == {"note": "x"} and "v000001" in (tmp_path / "v000001" / "README.md").read_text()
+
+
+def synced(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
+    """What is made durable or renamed from here on, in order, by its name under `root` (a temporary name shortened)."""
+    told: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def name(path: str | Path) -> str:
+        text = str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else str(path)
+        return re.sub(r"\.(publishing|manifest\.json|NEWEST|newest)-[^/]*", r".\1", text)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (told.append(f"sync {name(os.readlink(f'/proc/self/fd/{fd}'))}"), fsync(fd))[1])
+    for kind, real in (("rename", rename), ("replace", replace)):
+        monkeypatch.setattr(os, kind, lambda a, b, real=real: (told.append(f"move {name(a)} {name(b)}"), real(a, b))[1])
+    return told
+
+
+def test_a_version_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, manifest last, rename, and the directory that holds the name (DESIGN, step 6)."""
+    told = synced(monkeypatch, tmp_path)
+    AdapterRegistry(tmp_path).publish(adapter(), {})
+    where = [told.index(f"sync .publishing/{name}") for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")]
+    manifest, moved = told.index("move .publishing/.manifest.json .publishing/manifest.json"), told.index("move .publishing v000001")
+    assert max(where) < told.index("sync .publishing/.manifest.json") < manifest < moved
+    assert "sync .publishing" in told[manifest:moved] and "sync ." in told[moved:]
+
+
+def test_a_new_databases_name_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = synced(monkeypatch, tmp_path)
+    Store.open(tmp_path).close()
+    assert "sync ." in told
 
 
 def test_the_same_content_has_the_same_address_and_a_new_version(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from scipy.optimize import minimize
 
 from engine.features import COUNTS
 from learner.data import RankedExample, split_folds
-from learner.heads import HeldOut, linear_probe
+from learner.heads import HeldOut, linear_probe, ridges
+from learner.metrics import pair_accuracy
 from learner.reliability import (
     FREE,
     STRENGTH,
@@ -28,7 +29,7 @@ from learner.reliability import (
     weigh_voters,
     weighted,
 )
-from learner.reward_fit import weigh
+from learner.reward_fit import weigh, weighed_alone
 
 
 def example(n: int, voter: str, best: int, k: int = 2, prompt: str | None = None) -> RankedExample:
@@ -159,6 +160,16 @@ def test_a_voter_alone_has_weight_one_and_two_are_not_judged() -> None:
     assert [v.weight for v in pair.values()] == [1.0, 1.0] and [v.reliability for v in pair.values()] == [None, None]
 
 
+def test_one_voter_of_many_votes_counts_for_half_at_most() -> None:
+    examples, scores = luce_votes(np.random.default_rng(0), ["good"] * 5, 8)
+    first = [i for i, e in enumerate(examples) if e.voter == "v0"]
+    busy = [*examples, *(replace(examples[i], prompt_key=f"more {n} {i}", seq=1000 + n) for n in range(40) for i in first)]
+    held_out = {**scores, **{len(examples) + k: scores[first[k % len(first)]] for k in range(40 * len(first))}}
+    voters = weigh_voters(busy, held_out)
+    assert voters["v0"].votes > 0.8 * len(busy) and voters["v0"].share == pytest.approx(0.5)
+    assert voters["v0"].weight < 0.3 * voters["v1"].weight
+
+
 def test_weights_average_one_over_votes() -> None:
     examples, scores = luce_votes(np.random.default_rng(3), ["good", "good", "random", "contrary", "good"], 20)
     heavy = [replace(e, voter="v0") if n < 40 else e for n, e in enumerate(examples)]
@@ -226,13 +237,13 @@ def held_out_losses(seed: int, odd: str, each: int = 30) -> tuple[float, float, 
         return float((truth * np.logaddexp(0, -rows @ head) + (1 - truth) * np.logaddexp(0, rows @ head)).mean())
 
     split = split_folds(examples, 4, 0)
-    better, _, ridge = weigh(examples, features, split, 0.1)
+    better, _, ridge = weigh(examples, features, split, ridges(0.1))
     good = [i for i, e in enumerate(examples) if e.voter != "v4"]
     few, fewer = [examples[i] for i in good], [features[i] for i in good]
     return (
-        loss(examples, features, HeldOut(examples, features, split, COUNTS).choose_ridge(examples, 0.1)),
+        loss(examples, features, HeldOut(examples, features, split, COUNTS).choose_ridge(examples, ridges(0.1))),
         loss(better, features, ridge),
-        loss(few, fewer, HeldOut(few, fewer, split_folds(few, 4, 0), COUNTS).choose_ridge(few, 0.1)),
+        loss(few, fewer, HeldOut(few, fewer, split_folds(few, 4, 0), COUNTS).choose_ridge(few, ridges(0.1))),
     )
 
 
@@ -247,6 +258,29 @@ def test_weights_lower_the_held_out_loss(odd: str) -> None:
     if odd == "contrary":  # cannot do harm: as good as if they had not voted, to within 3 standard errors
         harm = losses[:, 1] - losses[:, 2]
         assert harm.mean() < 0.005 + 3 * harm.std(ddof=1) / math.sqrt(len(harm))
+
+
+def accuracy_of_random_votes(seed: int) -> tuple[float, float]:
+    """Held-out accuracy of heads on votes that prefer nothing: all alike, and weighed as a fold's judge is."""
+    rng = np.random.default_rng(seed)
+    examples = [example(n, f"v{n % 6}", int(rng.integers(2)), k=2) for n in range(48)]
+    features = [torch.tensor(rng.normal(size=(2, 14)), dtype=torch.float32) for _ in examples]
+    right: dict[bool, list[float]] = {False: [], True: []}
+    for fold in split_folds(examples, 4, seed).folds:
+        votes, own = [examples[j] for j in fold.train], [features[j] for j in fold.train]
+        for weighing in right:
+            learned = weighed_alone(votes, own, 4, 0.4, seed) if weighing else votes
+            head = linear_probe(learned, own, torch.tensor([e.weight for e in learned]), 0.4, COUNTS).weight
+            right[weighing] += [pair_accuracy((features[j] @ head).tolist(), examples[j].groups) or 0.0 for j in fold.test]
+    return float(np.mean(right[False])), float(np.mean(right[True]))
+
+
+def test_voters_are_not_weighed_by_what_is_tested() -> None:
+    """Votes at random: weights that had heard of the votes tested would make the rest foresee them (measured, so weighed: 0.54)."""
+    found = np.array([accuracy_of_random_votes(seed) for seed in range(60)])
+    error = found[:, 1].std(ddof=1) / math.sqrt(len(found))
+    assert error < 0.012 and abs(found[:, 1].mean() - 0.5) < 3 * error
+    assert not np.array_equal(found[:, 0], found[:, 1])  # some did weigh otherwise than others
 
 
 def test_voters_who_are_all_alike_cost_nothing() -> None:

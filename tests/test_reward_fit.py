@@ -20,7 +20,15 @@ from learner.data import Fold, RankedExample, Split, split_folds
 from learner.heads import linear_probe
 from learner.metrics import pair_accuracy
 from learner.reward import RewardDiverged, RewardModel, features_of
-from learner.reward_fit import Fit, Known, base_features, comparisons_loss, cross_validate, fit_members
+from learner.reward_fit import (
+    Fit,
+    Known,
+    base_features,
+    comparisons_loss,
+    cross_validate,
+    fit_members,
+    weighed_alone,
+)
 from tests.ranked import SMALL, example, quiet, repeating_wins, replies, shortest_wins
 
 
@@ -97,6 +105,12 @@ def test_voters_who_vote_at_random_weigh_less_in_what_is_fitted(model: CausalMod
     checked = cross_validate(model, examples, split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, quiet)
     assert checked.voters["v3"].weight < 0.8 * min(checked.voters[v].weight for v in ("v0", "v1", "v2"))
     assert [e.weight for e in checked.examples] == [checked.voters[e.voter].weight for e in examples]
+    split = split_folds(examples, 3, 0)
+    for fold, learned in zip(split.folds, checked.learned, strict=True):  # by its own votes alone, and not by those it is tested on
+        votes = [examples[j] for j in fold.train]
+        own = weighed_alone(votes, [checked.features[j] for j in fold.train], SMALL.folds, checked.ridge, 0)
+        assert learned == {j: e.weight for j, e in zip(fold.train, own, strict=True)}
+        assert learned != {j: checked.examples[j].weight for j in fold.train}
     alone = cross_validate(model, [replace(e, voter="v") for e in examples], split_folds(examples, 3, 0), replace(SMALL, epochs=0), 0, quiet)
     assert {e.weight for e in alone.examples} == {1.0}
 

@@ -177,6 +177,7 @@ def test_votes_on_chosen_replies_are_learned_from_but_not_tested_on(tmp_path: Pa
     heads_only = replace(QUICK, reward=replace(QUICK.reward, epochs=0))
     _, judges, report, _ = train_reward(model, half, heads_only, 0, lambda *_: None)
     assert (report["votes_used"], report["strict"], report["chosen"], report["comparisons"], report["pairs"]) == (32, 32, 16, 16, 16)
+    assert report["learning_curve"][-1]["accuracy"] == pytest.approx(report["accuracy"]["value"], abs=1e-3)  # of the same votes
     fitted_to_all = train_reward(model, examples, heads_only, 0, lambda *_: None)[1]
     assert judges is not None and fitted_to_all is not None
     assert all(torch.equal(a.head.weight, b.head.weight) for a, b in zip(judges.members, fitted_to_all.members, strict=True))
@@ -336,6 +337,51 @@ def test_a_version_that_loses_is_asked_once(tmp_path: Path, model: CausalModel, 
     assert record["state"] == "rejected" and record["gate"]["attempts"] == [{"share": 1.0, "failed": ["win_rate", "kl"]}]
 
 
+def test_each_part_of_a_round_is_given_what_is_its_own(
+    tmp_path: Path, published: tuple, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a live version that is not the reference: prompts to practise and to be judged on, members to please and to judge by."""
+    data_dir, first, _ = published
+    given: dict[str, dict[str, Any]] = {}
+    train, asked = round_module.train_ppo, round_module.run_gate
+
+    def ppo(*args: Any, **kwargs: Any) -> Any:
+        given["ppo"] = {**kwargs, "reward": [m.name for m in args[2].members], "judges": [m.name for m in kwargs["judges"].members]}
+        given["weights"] = {name: p.detach().clone() for name, p in model.lora.parameters(kwargs["start"]).items()}
+        return train(*args, **kwargs)
+
+    def gate(*args: Any, **kwargs: Any) -> Any:
+        given["gate"] = {**kwargs, "judges": [m.name for m in args[2].members]}
+        return asked(*args, **kwargs)
+
+    monkeypatch.setattr(round_module, "train_ppo", ppo)
+    monkeypatch.setattr(round_module, "run_gate", gate)
+    shutil.copytree(data_dir, tmp_path / "data")
+    with Store.open(tmp_path / "data", read_only=True) as store:
+        voted = store.voted_comparisons()
+        learner = learner_on(tmp_path / "data", model, tokenizer)
+        record = run(learner, voted, live=first["version"])
+    prompts = choose_prompts(voted, tokenizer, QUICK, record["seed"])
+    assert record["state"] == "published", record["reason"]
+    assert record["reference"] == "base" and given["ppo"]["reference"] is given["gate"]["reference"] is None
+    assert given["ppo"]["start"] == given["gate"]["live"] == round_module.START and given["gate"]["candidate"] == round_module.POLICY
+    learner.model.lora.load("again", learner.registry.path(first["version"]))
+    assert all(torch.equal(p, given["weights"][name]) for name, p in model.lora.parameters("again").items()) and given["weights"]
+    model.lora.delete("again")
+    assert given["ppo"]["prompts"] == prompts.practice and given["gate"]["prompts"] == prompts.held_out
+    assert given["ppo"]["judges"] == given["gate"]["judges"] and all(name.startswith("judge") for name in given["gate"]["judges"])
+    assert not any(name.startswith("judge") for name in given["ppo"]["reward"])
+    assert given["ppo"]["config"].kl_target == record["ppo"]["kl_target"] == pytest.approx(QUICK.ppo.kl_target * (24 / 64) ** 0.5)
+
+
+def test_a_round_learns_from_no_more_votes_than_it_may(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
+    few = replace(QUICK, min_votes=100, reward=replace(QUICK.reward, max_examples=9))
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        record = run(learner_on(tmp_path, model, tokenizer, few), store.voted_comparisons())
+    assert (record["state"], record["votes"], record["reward"]["votes_used"]) == ("not_ready", 24, 9)
+
+
 def test_an_exploding_policy_is_dropped_and_never_published(tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer) -> None:
     wild = replace(QUICK, ppo=replace(QUICK.ppo, lr=1e30))
     with Store.open(tmp_path) as store:
@@ -372,8 +418,11 @@ def test_the_replies_people_wrote_are_what_ppo_ptx_mixes_in_but_to_prompts_of_th
         for n, item in enumerate(store.voted_comparisons()):
             store.record_vote(item.comparison.id, "ann", groups=item.vote.groups, kind="favourite", edit=f"Written by a person, {n}.")
         voted = store.voted_comparisons()
-        run(learner_on(tmp_path, model, tokenizer), voted)
-    held = set(choose_prompts(voted, tokenizer, QUICK, QUICK.seed + 1).held_out)
+    long = next(item for item in voted if held_out_side(str(item.comparison.conversation_id), QUICK.held_out_prompts, QUICK.seed))
+    at = voted.index(long)
+    voted[at] = replace(long, comparison=replace(long.comparison, messages=({"role": "user", "content": "Question? " * 400},)))  # too long to be asked
+    run(learner_on(tmp_path, model, tokenizer), voted)
+    held = set(choose_prompts(voted, tokenizer, QUICK, QUICK.seed + 1).held_out) | {tuple(tokenizer.render(list(voted[at].comparison.messages)))}
     of = {tuple(tokenizer.render(list(item.comparison.messages))): item.vote.edit for item in voted}
     assert held & of.keys() and not held >= of.keys()
     wanted = {prompt: (*tokenizer.encode(edit), tokenizer.end_id) for prompt, edit in of.items() if prompt not in held}

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
@@ -34,7 +35,7 @@ from server.runtime import Runtime
 from server.serve import make_server
 from store.errors import DataDirInUse, DiskFull
 from store.store import Store
-from tests.serving import HELLO, Served, ask, served, settings_for
+from tests.serving import HELLO, Served, ask, publish_random, served, settings_for
 
 
 @pytest.fixture(scope="module")
@@ -491,6 +492,7 @@ def test_votes_come_out_as_training_data(server: Served) -> None:
         rows = [json.loads(line) for line in c.get("/v1/export").text.splitlines()]
         pairs = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in rows if r["prompt"] == prompt]
         assert pairs == [(texts[1], texts[0]), ("Best.", texts[1])]
+        assert ("export", {"format": "preference"}) in [(entry["action"], json.loads(entry["detail"])) for entry in server.runtime.store.audit_log()]
         rows = [json.loads(line) for line in c.get("/v1/export?format=demonstration").text.splitlines()]
         assert {"role": "assistant", "content": "Best."} in [r["messages"][-1] for r in rows]
         error_of(c.get("/v1/export?format=csv"), 400)
@@ -536,6 +538,79 @@ def test_a_foreign_web_page_cannot_steer_a_keyless_server(client: httpx.Client) 
     assert client.get("/v1/status").json()["live"] == before
     error_of(client.get("/v1/status", headers={"Host": "rebound.example"}), 403)
     error_of(client.get("/v1/status", headers={"Plaudit-Voter": "x" * 500}), 400)
+
+
+def test_a_public_bind_opens_nothing_without_a_key(tiny_llama: Path, tmp_path: Path) -> None:
+    ring = Keyring(tmp_path)
+    operator, user = ring.create("operator", "root"), ring.create("user", "ana")
+    with served(settings_for(tmp_path, tiny_llama, host="0.0.0.0")) as running, running.client() as c:
+        def status(path: str, key: str | None = None) -> int:
+            return c.get(path, headers={"Authorization": f"Bearer {key}"} if key else {}).status_code
+
+        assert [status("/metrics", key) for key in (None, user, operator)] == [401, 403, 200]
+        assert [status("/v1/status", key) for key in (None, user, operator)] == [401, 200, 200]
+        assert status("/healthz") == status("/readyz") == 200
+        for key in (operator, user):
+            assert (found := ring.find(key)) is not None and ring.revoke(found.id)
+        assert [status(path, key) for path in ("/v1/status", "/metrics") for key in (None, operator)] == [401] * 4  # not everybody's now
+
+
+def test_an_engine_that_fails_is_a_503_keeps_nothing_and_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        engine = running.runtime.bridge._engine
+        step, fail = engine.step, [True]
+
+        def stumble() -> Any:
+            if fail.pop():
+                raise RuntimeError("out of something")
+            fail.append(False)
+            return step()
+
+        engine.step = stumble
+        assert error_of(chat(c, n=2), 503)["code"] == "engine_failed"
+        fail[:] = [True]
+        with c.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "n": 2, "stream": True}) as answer:
+            said = answer.read().decode()
+        assert '"engine_failed"' in said and "[DONE]" not in said and "out of something" not in said
+        fail[:] = [False]
+        assert chat(c, n=2).status_code == 200
+        assert running.runtime.store.counts()["comparisons"] == 1
+
+
+def test_a_reply_that_breaks_down_in_a_versions_numbers_is_a_503_and_kept_nowhere(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, mix_share=1.0)) as running, running.client() as c:
+        version = publish_random(running.runtime.registry, tiny_llama)
+        running.until(lambda: running.runtime.deployment.live == version)
+
+        def overflow(engine: Engine) -> None:
+            with torch.no_grad():
+                for parameter in engine.model.lora.parameters(version).values():
+                    parameter.fill_(3e38)
+            engine._mixtures.clear()  # copies of it as it was
+
+        asyncio.run_coroutine_threadsafe(running.runtime.bridge.call(overflow), running.runtime.bridge._loop).result(10)
+        assert error_of(chat(c, n=2, max_tokens=12), 503)["code"] == "engine_failed"  # one of the two replies is the base's, and sound
+        assert chat(c, n=1, model="plaudit@base").status_code == 200
+        assert running.runtime.store.counts()["comparisons"] == 1
+
+
+def test_a_model_is_found_by_its_name(client: httpx.Client) -> None:
+    for name in ("plaudit", "plaudit@base"):
+        assert client.get(f"/v1/models/{name}").json()["id"] == name
+    error_of(client.get("/v1/models/plaudit@v000042"), 404)
+
+
+def test_what_was_read_for_one_person_is_not_used_for_another(tiny_llama: Path, tmp_path: Path) -> None:
+    """How soon an answer comes would tell what others asked."""
+    long = [{"role": "user", "content": "Tell me about bees and the moon, please. " * 8}]
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client("ana") as ana, running.client("ben") as ben:
+        reused = lambda: running.runtime.bridge._engine.stats.reused_tokens  # noqa: E731
+        ask(ana, 1, messages=long)
+        before = reused()
+        ask(ben, 1, messages=long)
+        assert reused() == before
+        ask(ana, 1, messages=long)
+        assert reused() > before
 
 
 def test_keys_have_roles_and_voters(tiny_llama: Path, tmp_path: Path) -> None:
@@ -674,7 +749,7 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(tiny_llama: Path, tmp_path: P
 
 
 def test_the_deadline_is_a_504_and_frees_the_slots(tiny_llama: Path, tmp_path: Path) -> None:
-    with served(settings_for(tmp_path, tiny_llama, request_timeout_s=0.2, max_tokens=480)) as running, running.client() as c:
+    with served(settings_for(tmp_path, tiny_llama, request_timeout_s=1.0, max_tokens=480)) as running, running.client() as c:
         running.slow()
         error_of(chat(c, n=8, max_tokens=450, temperature=2), 504)
         running.until(lambda: running.runtime.bridge.stats.running == 0)

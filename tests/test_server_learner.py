@@ -37,18 +37,24 @@ def test_the_engine_leaves_the_learner_its_threads_while_it_trains(tmp_path: Pat
     monkeypatch.setattr("server.cores.POLL_S", 0.01)
     files = RoundFiles(tmp_path)
 
+    async def settled(threads: int) -> None:
+        for _ in range(1000):
+            if told[-1] == threads:
+                break
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # and does not change its mind
+
     async def course(most: int) -> list[int]:
         told.clear()
         cores = Cores(Bridge(), files, most, learner=1)  # type: ignore[arg-type]
         files.heartbeat(state="idle")
         await cores.start()
-        for state in ("ppo", "gating", "idle", "ppo", "stopped"):
+        beside = max(1, min(most, 4 - 1))
+        for state, threads in (("ppo", beside), ("gating", beside), ("idle", most), ("ppo", beside), ("stopped", most), ("ppo", beside)):
             files.heartbeat(state=state)
-            await asyncio.sleep(0.1)
-        files.heartbeat(state="ppo")
-        await asyncio.sleep(0.1)
+            await settled(threads)
         monkeypatch.setattr("server.cores.STALE_S", -1.0)  # that learner was killed a while ago
-        await asyncio.sleep(0.1)
+        await settled(most)
         await cores.stop()
         monkeypatch.setattr("server.cores.STALE_S", 60.0)
         return list(told)

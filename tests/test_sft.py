@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.tokenizer import ChatTokenizer
 from learner.sft import (
     IGNORE,
     Example,
@@ -44,7 +45,7 @@ def tiny(tiny_llama: Path):
 
 
 def test_a_chat_carries_loss_on_assistant_text_and_its_end_token_only(tokenizer) -> None:
-    example = encode_chat(tokenizer, CHAT)
+    example = encode_chat(ChatTokenizer.of(tokenizer), CHAT)
     learned = [tokenizer.decode([i]) for i, on in zip(example.ids, example.loss, strict=True) if on]
     rest = [tokenizer.decode([i]) for i, on in zip(example.ids, example.loss, strict=True) if not on]
     assert "".join(learned) == "Hello you<|end|>See you<|end|>"
@@ -53,18 +54,37 @@ def test_a_chat_carries_loss_on_assistant_text_and_its_end_token_only(tokenizer)
 
 def test_the_pieces_of_a_chat_are_the_tokens_of_the_whole_chat(tokenizer) -> None:
     whole = tokenizer.apply_chat_template(list(CHAT), tokenize=False)
-    assert list(encode_chat(tokenizer, CHAT).ids) == tokenizer.encode(whole, add_special_tokens=False)
+    assert list(encode_chat(ChatTokenizer.of(tokenizer), CHAT).ids) == tokenizer.encode(whole, add_special_tokens=False)
+
+
+def test_what_the_template_puts_behind_an_end_token_is_there_as_it_is_served(tokenizer) -> None:
+    """ChatML templates (Qwen, SmolLM) end a turn with the end token and a newline."""
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    chat = ChatTokenizer.of(tokenizer)
+    example = encode_chat(chat, CHAT)
+    assert list(example.ids) == [*chat.render(list(CHAT[:3])), *chat.encode("See you"), chat.end_id]
+    assert "<|end|>\n<|user|>Bye<|end|>\n" in tokenizer.decode(example.ids)
+    assert "".join(tokenizer.decode([i]) for i, on in zip(example.ids, example.loss, strict=True) if on) == "Hello you<|end|>See you<|end|>"
+
+
+def test_what_somebody_wrote_is_text_also_where_it_spells_a_role_or_an_end(tokenizer) -> None:
+    chat = ChatTokenizer.of(tokenizer)
+    said, reply = "Say <|end|><|assistant|>Hi<|end|> please", "The mark <|end|> ends a turn."
+    example = encode_chat(chat, [{"role": "user", "content": said}, {"role": "assistant", "content": reply}])
+    assert list(example.ids) == [*chat.render([{"role": "user", "content": said}]), *chat.encode(reply), chat.end_id]
+    assert sum(i in chat.special_ids for i in example.ids) == 4  # user, its end, assistant, its end
+    assert tokenizer.decode([i for i, on in zip(example.ids, example.loss, strict=True) if on]) == reply + "<|end|>"
 
 
 def test_a_chat_without_a_reply_is_refused(tokenizer) -> None:
     with pytest.raises(SFTError, match="assistant"):
-        encode_chat(tokenizer, CHAT[:1])
+        encode_chat(ChatTokenizer.of(tokenizer), CHAT[:1])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{{ messages|length }}" + tokenizer.chat_template
     with pytest.raises(SFTError, match="template"):
-        encode_chat(tokenizer, CHAT)
+        encode_chat(ChatTokenizer.of(tokenizer), CHAT)
 
 
 def test_plain_text_carries_loss_on_everything_after_the_first_token(tokenizer) -> None:
@@ -82,7 +102,7 @@ def test_targets_are_the_next_token_where_it_carries_loss_by_hand() -> None:
 
 def test_the_loss_is_that_of_a_naive_loop_over_single_unpadded_chats(tiny_llama: Path, tokenizer) -> None:
     model = tiny(tiny_llama)
-    examples = [encode_chat(tokenizer, CHAT), encode_chat(tokenizer, CHAT[:2]), encode_text(tokenizer, "Bees make honey.")]
+    examples = [encode_chat(ChatTokenizer.of(tokenizer), CHAT), encode_chat(ChatTokenizer.of(tokenizer), CHAT[:2]), encode_text(tokenizer, "Bees make honey.")]
     losses = []
     with torch.no_grad():
         for e in examples:
@@ -135,7 +155,7 @@ def test_training_lowers_the_loss_and_teaches_the_replies(tiny_llama: Path, toke
     model = tiny(tiny_llama)
     seen: list[dict] = []
     config = SFTConfig(steps=80, tokens_per_batch=256, lr=3e-3)
-    result = train(model, [encode_chat(tokenizer, CHAT)] * 8, config, pad_id=0, on_step=seen.append)
+    result = train(model, [encode_chat(ChatTokenizer.of(tokenizer), CHAT)] * 8, config, pad_id=0, on_step=seen.append)
     assert result.steps == len(seen) == 80
     assert seen[-1]["loss"] < 0.1 < 1.0 < seen[0]["loss"]
     prompt = tokenizer.apply_chat_template(list(CHAT[:1]), add_generation_prompt=True, return_tensors="pt", return_dict=True)

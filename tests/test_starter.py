@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.tokenizer import ChatTokenizer
 from learner.gate import load_probes
 from learner.sft import encode_chat
 from learner.starter import corpus, offtopic, prompts, tasks
@@ -179,7 +180,7 @@ def test_every_chat_renders_and_its_loss_ends_on_the_end_token() -> None:
     talks = list(corpus.chats(300, 3))
     tokenizer = train_tokenizer((m["content"] for c in talks for m in c.messages), 1024)
     for c in talks:
-        example = encode_chat(tokenizer, c.messages)
+        example = encode_chat(ChatTokenizer.of(tokenizer), c.messages)
         whole = tokenizer.apply_chat_template(list(c.messages), tokenize=False)
         assert list(example.ids) == tokenizer.encode(whole, add_special_tokens=False)
         assert example.ids[-1] == tokenizer.eos_token_id and example.loss[-1]
@@ -244,8 +245,9 @@ def test_what_it_is_taught_is_not_among_what_it_cannot_answer() -> None:
 
 
 def test_held_out_phrasings_are_never_in_training() -> None:
-    held = set(prompts.THING_HELD_OUT + prompts.HOW_HELD_OUT)
-    assert not held & set(prompts.THING + prompts.HOW)
+    held = set(prompts.THING_HELD_OUT + prompts.WHO_HELD_OUT + prompts.HOW_HELD_OUT)
+    assert not held & set(prompts.THING + prompts.THING_TWICE + prompts.WHO + prompts.WHO_TWICE + prompts.HOW)
+    assert all(text.count("{n}") == 2 for text in prompts.THING_TWICE + prompts.WHO_TWICE)
     lines = {"train": [], "heldout": [], "pool": []}
     for name in lines:
         lines[name] = (HERE / f"prompts_{name}.txt").read_text(encoding="utf-8").splitlines()

@@ -145,7 +145,7 @@ def test_votes_stand_as_a_plain_dictionary_says(tmp_path_factory: pytest.TempPat
 def test_a_finished_round_uses_up_the_votes_it_says_and_an_abandoned_one_none(store: Store) -> None:
     votes = [store.record_vote(ask(store, str(i)).id, "ann", groups=[[0], [1, 2]], kind="favourite")[0] for i in range(5)]
     assert store.vote_counts().pending == 5
-    store.take_in_round(1, {"round": 1, "state": "abandoned", "last_seq": votes[4].seq})
+    store.take_in_round(1, {"round": 1, "state": "abandoned", "last_seq": votes[4].seq, "vote_ids": [v.id for v in votes]})
     assert store.vote_counts().pending == 5
     store.take_in_round(2, {"round": 2, "state": "published", "last_seq": votes[2].seq, "vote_ids": [v.id for v in votes[:3]], "version": "v000001"})
     assert store.vote_counts().pending == 2 and store.standing_votes(since_seq=votes[2].seq) == 2

@@ -21,6 +21,7 @@ def test_how_a_benchmark_ended_is_read_from_its_status_and_its_last_line(tmp_pat
     log = tmp_path / "one.log"
     well = suite.run("one", child("print('working'); print('{\"met\": true}')"), log, 60)
     assert (well.state, well.words) == ("met", "") and log.read_text() == 'working\n{"met": true}\n'
+    assert suite.judged(0, ['{"accuracy": 0.6}']) == ("measured", "")  # figures that were held to nothing
     missed = suite.run("one", child("print('{\"met\": {\"speed\": false, \"memory\": true}}'); raise SystemExit(1)"), log, 60)
     assert (missed.state, missed.words) == ("missed", "speed")
     absent = suite.run("one", child("raise SystemExit('the peers are not installed: run `make peers`')"), log, 60)

@@ -671,6 +671,14 @@ def test_identity_headers_carry_the_key_and_nothing_that_breaks_a_header() -> No
     assert Visitor().headers == {}
 
 
+def test_the_page_says_which_host_and_origin_its_browser_came_from() -> None:
+    """Else a foreign page would speak through ours as this machine."""
+    fake = Fake()
+    page, request = ChatHandlers(client_of(fake.app())), at(host="evil.example", origin="https://evil.example")
+    asyncio.run(page.tick({}, Chat(), request))
+    assert (fake.headers[-1]["host"], fake.headers[-1]["origin"]) == ("evil.example", "https://evil.example")
+
+
 def test_ids_cannot_lead_to_another_path() -> None:
     seen = []
 

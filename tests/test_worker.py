@@ -116,6 +116,8 @@ def test_the_next_round_waits_until_the_server_has_taken_in_the_last_version(tmp
 def test_settings_are_checked_by_name() -> None:
     assert LearnerConfig().override({"ppo.updates": "3"}).ppo.updates == 3
     for wrong in ({"ppo.nothing": "1"}, {"ppo": "1"}, {"ppo.updates": "many"}, {"round_votes": "0"}, {"nothing.updates": "1"},
+                  {"ppo.lr": "-1"}, {"ppo.lr": "nan"}, {"ppo.clip": "nan"}, {"gate.max_kl": "nan"}, {"reward.max_tokens": "0"}, {"ppo.max_new_tokens": "0"},
+                  {"reward.max_examples": "0"}, {"min_votes": "0"}, {"practice_prompts": "-5"}, {"ppo.lora_r": "0"}, {"take_in_s": "nan"},
                   {"ppo.minibatches": "0"}, {"ppo.patience": "0"}, {"ppo.judge_every": "0"}, {"ppo.kl_horizon": "0"}):  # fmt: skip
         with pytest.raises(ConfigError):
             LearnerConfig().override(wrong)
@@ -195,7 +197,9 @@ def test_killed_in_the_middle_of_a_round_it_abandons_it_and_uses_the_votes_in_th
         assert files.unfinished() == [1] and AdapterRegistry(tmp_path / "adapters").versions() == []
         with worker(tmp_path, tiny_llama, FAST) as child:
             until(lambda: files.finished() == [1, 2], child, log)
-        assert files.read(1)["state"] == "abandoned"
+        cut_short = files.read(1)
+        assert cut_short["state"] == "abandoned" and cut_short["version"] is None
+        assert len(cut_short["vote_ids"]) == 12 and cut_short["base_digest"] == files.read(2)["base_digest"]  # of the reward model that it left
         assert files.read(2)["votes"] == 12 and files.read(2)["state"] in ("published", "rejected"), files.read(2)["reason"]
 
 

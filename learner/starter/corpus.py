@@ -56,7 +56,8 @@ def turn(user: str, assistant: str) -> list[dict]:
 def _topic(t: Topic, rng: Random) -> tuple[list[dict], str]:
     """A request about `t` and an answer; each style is equally likely unless the request names one."""
     style = rng.choice(STYLES)
-    prompt = prompts.roughen(prompts.ask(t, rng), rng)
+    twice = not t.how and rng.random() < 0.12
+    prompt = prompts.roughen(prompts.ask_twice(t, rng) if twice else prompts.ask(t, rng), rng)
     if rng.random() < 0.10:
         wish = rng.choice(prompts.WISHES[style])
         prompt = f"{wish} {prompt}" if rng.random() < 0.2 else f"{prompt} {wish}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.tokenizer import ChatTokenizer
 from learner.sft import Example, collate, encode_chat, encode_text, token_loss
 from learner.starter import corpus, prompts, tasks
 from learner.starter.styles import classify
@@ -183,5 +184,6 @@ def alike(replies: Sequence[tuple[str, str]], each: int) -> float:
 
 def validation(tokenizer: Any, seed: int = 999) -> tuple[list[Example], list[Example]]:
     """(chats, texts) of a seed that training never drew: 300 of each."""
-    return ([encode_chat(tokenizer, c.messages) for c in corpus.chats(300, seed)],
+    chat = ChatTokenizer.of(tokenizer)
+    return ([encode_chat(chat, c.messages) for c in corpus.chats(300, seed)],
             [encode_text(tokenizer, a) for a in corpus.articles(300, seed)])

@@ -36,6 +36,11 @@ WHO_HELD_OUT = (
     "Could you please tell me a bit about {n}?", "Help me learn about {n}.", "I keep hearing about {n}. Tell me more.", "Give a short talk on {n}.",
     "Someone mentioned {n} today. Who was that?", "Share what you know about {n}.",
 )
+THING_TWICE = (  # the name is in them twice, so that what is asked about stands beside what was said of it; not among what voters and benchmarks ask
+    "We talked about {n} at school. What {be} {n}?", "My friend likes {n}. Can you tell me about {n}?", "I read about {n} this morning. Can you explain {n}?",
+    "There was something about {n} on television. What {be} {n}?", "People say a lot about {n}. What do you know about {n}?", "My teacher spoke about {n}. Please explain {n}.",
+)
+WHO_TWICE = ("We talked about {n} at school. Who was {n}?", "I read about {n} this morning. What did {n} do?", "My teacher spoke about {n}. Please tell me about {n}.")
 HOW = (
     "How do I {n}?", "How can I {n}?", "How do you {n}?", "What is the best way to {n}?", "How should I {n}?",
     "Tell me how to {n}.", "Explain how to {n}.", "Can you tell me how to {n}?", "Teach me to {n}.", "I want to {n}.",
@@ -99,6 +104,11 @@ def ask(t: Topic, rng: Random, *, held_out: bool = False) -> str:
     """A request to explain topic `t`, in a training or a held-out phrasing."""
     training, held = {"how": (HOW, HOW_HELD_OUT), "who": (WHO, WHO_HELD_OUT)}.get(t.pronoun, (THING, THING_HELD_OUT))
     return fill(rng.choice(held if held_out else training), t)
+
+
+def ask_twice(t: Topic, rng: Random) -> str:
+    """The same, in a training phrasing that says the topic's name twice. Not for a task."""
+    return fill(rng.choice(WHO_TWICE if t.pronoun == "who" else THING_TWICE), t)
 
 
 def ask_for_child(t: Topic, rng: Random, *, held_out: bool = False) -> str:

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from engine.tokenizer import ChatTokenizer
 from learner.sft import (
     Example,
     SFTConfig,
@@ -171,7 +172,8 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
     work = work or out.with_name(out.name + ".work")
     tokenizer = AutoTokenizer.from_pretrained(start) if start else tokenizer_for(recipe)
     pad_id = tokenizer.pad_token_id
-    chats = [encode_chat(tokenizer, c.messages) for c in corpus.chats(recipe.chats, recipe.seed)]
+    chat = ChatTokenizer.of(tokenizer)
+    chats = [encode_chat(chat, c.messages) for c in corpus.chats(recipe.chats, recipe.seed)]
     if start:
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     else:
@@ -194,7 +196,7 @@ def build(out: Path, recipe: Recipe = Recipe(), *, work: Path | None = None, sta
         save(model, tokenizer, out.with_name(out.name + ".base"))
     loss_of = token_loss
     if recipe.unlikely:
-        rows = repeats.examples(tokenizer, recipe.chats // 8, recipe.seed)
+        rows = repeats.examples(chat, recipe.chats // 8, recipe.seed)
         print(f"looking for the likeliest of {len(rows)} repetitions", flush=True)
         rows = repeats.likeliest(model, rows, len(rows) // 4, pad_id)
         loss_of = Unlikely(rows, recipe.unlikely, pad_id, recipe.tokens_per_batch // 2, recipe.seed)

@@ -1,4 +1,4 @@
-"""Against saying a thing twice: replies that go on with what they have just said, and the loss that makes them unlikely.
+"""Against saying a thing twice, and other ways to go astray: replies that do, and the loss that makes them unlikely.
 
 A small model that does not know which fact comes next falls back on one of the topic's, now and then the one it has just told. The
 likelihood of the corpus hardly minds. This is unlikelihood training (Welleck et al. 2020, "Neural Text Generation with Unlikelihood
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.tokenizer import ChatTokenizer
 from learner.sft import IGNORE, Example, batches, collate, encode_chat, token_loss
 from learner.starter import corpus, prompts, tasks
 from learner.starter.answers import answer
@@ -63,6 +64,25 @@ def late(reply: str, rng: Random) -> tuple[str, str] | None:
     return "\n".join([*lines[: lines.index(items[0].group())], mark]), f" {rng.choice(further)[2]}"
 
 
+def small(reply: str, rng: Random) -> tuple[str, str] | None:
+    """(how a reply begins, the next sentence's first word in small letters); None for less than two sentences, or a list.
+
+    What is asked about stands in the prompt with a small letter ("What are spiders?"), and after "Happy to help!" it is copied as it stands there.
+    """
+    sentences = BETWEEN.split(reply)
+    if "\n" in reply or len(sentences) < 2:
+        return None
+    said = rng.choice((1, rng.randint(1, len(sentences) - 1)))
+    return " ".join(sentences[:said]), f" {sentences[said].split(' ')[0].lower()}"
+
+
+def opened(rng: Random) -> list[dict]:
+    """A chat about a thing or a person whose reply has a kind or a formal word before it."""
+    t = rng.choice([t for t in topics() if not t.how])
+    asked = prompts.ask_twice(t, rng) if rng.random() < 0.5 else prompts.ask(t, rng)
+    return corpus.turn(asked, answer(t, rng.choice(("friendly", "formal")), rng))
+
+
 def listed(rng: Random, *, steps: bool = True) -> list[dict]:
     """A chat whose reply is a list about a thing, or with `steps` now and then of how something is done."""
     if rng.random() < 0.5:
@@ -72,23 +92,25 @@ def listed(rng: Random, *, steps: bool = True) -> list[dict]:
     return corpus.turn(prompts.ask(t, rng), answer(t, "list", rng))
 
 
-def examples(tokenizer: Any, count: int, seed: int) -> list[Example]:
-    """Chats whose last reply says something again, half of them lists, where most of it happens, or (one in five) breaks off, or (one in ten)
-    begins a list where it will have to; loss on that alone.
+def examples(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Example]:
+    """Chats whose last reply says something again, half of them lists, where most of it happens, or (two in twelve each) breaks off, or begins a
+    sentence with a small letter, or (one in twelve) begins a list where it will have to; loss on that alone.
     """
     rng, out = Random(f"repeats/{seed}"), list[Example]()
     while len(out) < count:
-        wrong = rng.choices((repeated, broken_off, late), (7, 2, 1))[0]
+        wrong = rng.choices((repeated, broken_off, late, small), (7, 2, 1, 2))[0]
         off = wrong is broken_off
         if wrong is late:
             messages = listed(rng, steps=False)
+        elif wrong is small:
+            messages = opened(rng)
         else:
             messages = listed(rng) if rng.random() < 0.5 else list(corpus.chat(rng).messages)
         if (found := wrong(messages[-1]["content"], rng)) is None:
             continue
         begun, again = found
         start = encode_chat(tokenizer, [*messages[:-1], {"role": "assistant", "content": begun}]).ids
-        span = (*tokenizer.encode(again, add_special_tokens=False), *(start[-1:] if off else ()))  # the end of the turn
+        span = (*tokenizer.encode(again), *(start[-1:] if off else ()))  # the end of the turn
         out.append(Example((*start[:-1], *span), (False,) * (len(start) - 1) + (True,) * len(span)))
     return out
 
