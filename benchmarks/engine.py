@@ -4,7 +4,7 @@
 
 Two models: S, the bundled starter (or, where it is absent, a random Llama of about 5M parameters), and M, the shape of
 SmolLM2-135M with random weights. Two loads: one prompt of 256 tokens with K = 4 replies of 64 tokens, and 8 requests
-of 160 to 256 tokens at once. Contestants take turns within every repeat, and a figure is the median over repeats, so a
+of 160 to 256 tokens at once. `generate` runs in a process of its own, in which threads wait as its libraries have them (ours sleep). Contestants take turns within every repeat, and a figure is the median over repeats, so a
 noisy machine disturbs all of them alike. Targets: 2x at K = 4, 0.3x the time to the first token.
 
 Then how far a decode step of 1 and of 4 replies is from what the machine allows, measured here too: bytes of the weights over the speed of
@@ -33,6 +33,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.generate import Peer
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
@@ -65,30 +66,6 @@ def random_model(path: Path, shape: dict[str, int]) -> Path:
     return path
 
 
-class Peer:
-    """transformers' own generate."""
-
-    def __init__(self, directory: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.model.generation_config.eos_token_id = None  # all replies are NEW tokens long
-        self.pad = self.model.config.pad_token_id or 0
-
-    @torch.inference_mode()
-    def __call__(self, prompts: list[list[int]], new: int, replies: int = 1) -> None:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=new, min_new_tokens=new, num_return_sequences=replies, pad_token_id=self.pad,
-        )  # fmt: skip
-        assert out.shape == (len(prompts) * replies, longest + new)
-
-    def one_at_a_time(self, prompts: list[list[int]], new: int) -> None:
-        for prompt in prompts:
-            self([prompt], new)
-
-
 class Ours:
     """The engine, as the server drives it: add, then step until done."""
 
@@ -104,13 +81,14 @@ class Ours:
         assert all(len(s.token_ids) == new for s in sequences)
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], float | None]) -> float:
+    """What `run` took, or what it says that it took."""
     begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+    said = run()
+    return time.perf_counter() - begin if said is None else said
 
 
-def contest(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def contest(contestants: dict[str, Callable[[], float | None]], repeats: int) -> dict[str, float]:
     """Median seconds of each, taking turns; one uncounted turn first."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 1):
@@ -121,9 +99,9 @@ def contest(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(name: str, directory: Path, description: str, repeats: int, new: int) -> list[dict]:
+def measure(name: str, directory: Path, description: str, repeats: int, new: int, peer: Peer) -> list[dict]:
     """All figures of one model, printed as they come."""
-    ours, peer = Ours(directory), Peer(directory)
+    ours = Ours(directory)
     vocab = ours.engine.model.vocab_size
     generator = torch.Generator().manual_seed(1)
 
@@ -132,7 +110,7 @@ def measure(name: str, directory: Path, description: str, repeats: int, new: int
 
     one = [prompt(PROMPT)]
     many = [prompt(160 + 96 * i // (REQUESTS - 1)) for i in range(REQUESTS)]
-    loads: list[tuple[str, int, dict[str, Callable[[], None]]]] = [
+    loads: list[tuple[str, int, dict[str, Callable[[], float | None]]]] = [
         (
             f"1 prompt, K={REPLIES}", REPLIES * new,
             {
@@ -242,7 +220,8 @@ def main() -> int:
             f"prompt {PROMPT}, {new} new tokens, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
         )
         for name, directory, description in models:
-            rows += measure(name, directory, description, repeats, new)
+            with Peer(directory, Path(scratch) / f"{name}.log", torch.get_num_threads()) as peer:
+                rows += measure(name, directory, description, repeats, new, peer)
             floors += floor(name, Ours(directory), repeats)
     met: dict[str, bool] = {}  # by model, load and peer
     for row in rows:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import random
 import statistics
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks.engine import SHAPES, Peer, random_model, seconds
+from benchmarks.engine import SHAPES, random_model
+from benchmarks.generate import Peer
 from engine.engine import Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
@@ -89,10 +88,10 @@ def serve(engine: Engine, load: Sequence[Request]) -> Served:
     return Served(time.perf_counter() - began, most, gaps)
 
 
-def measure(name: str, directory: Path, people: Sequence[int], alone: int) -> list[dict[str, Any]]:
+def measure(name: str, directory: Path, people: Sequence[int], alone: int, peer: Peer) -> list[dict[str, Any]]:
     """One model: a row for each number of people. alone: requests that the peer answers."""
     model = CausalModel.load(directory)
-    engine, peer = Engine(model, ChatTokenizer.load(directory), max_sequences=max(people)), Peer(directory)
+    engine = Engine(model, ChatTokenizer.load(directory), max_sequences=max(people))
     serve(engine, requests(1, 1e-6, model.vocab_size, seed=1))  # warm-up
     peer([[5] * 64], 8)
     rows = []
@@ -101,7 +100,7 @@ def measure(name: str, directory: Path, people: Sequence[int], alone: int) -> li
         one = statistics.median(serve(engine, [Request(0.0, r.prompt, r.new)]).seconds for r in sample[:3])
         load = requests(count, one / count, model.vocab_size)  # a request that takes `one` alone takes longer in company
         spread = load[:: max(1, len(load) // alone)][:alone]
-        theirs = sum(r.new for r in spread) / sum(seconds(partial(peer, [r.prompt], r.new)) for r in spread)
+        theirs = sum(r.new for r in spread) / sum(peer([r.prompt], r.new) for r in spread)
         served = serve(engine, load)
         ours = sum(r.new for r in load) / served.seconds
         p99 = statistics.quantiles(served.gaps, n=100)[98]
@@ -123,12 +122,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = measure("S", STARTER, args.people, 4 if args.quick else 12)
-    if not args.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += measure("M", random_model(Path(folder) / "M", SHAPES["M"]), args.people, 12)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("S",) if args.quick else ("S", "M"):
+            directory = STARTER if name == "S" else random_model(Path(folder) / name, SHAPES[name])
+            with Peer(directory, Path(folder) / f"{name}.log", torch.get_num_threads()) as peer:
+                rows += measure(name, directory, args.people, 4 if args.quick else 12, peer)
     met = {f"{row['model']}-{row['people']}": row["ratio"] >= TARGETS.get(row["people"], 1.0) for row in rows}
     met |= {f"{row['model']}-{row['people']}-gap": row["p99_gap_ms"] <= 1000 * GAP_S for row in rows}
     print(json.dumps({"benchmark": "load", "targets": {**TARGETS, "p99_gap_s": GAP_S}, "met": met, "threads": torch.get_num_threads(), "rows": rows}))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import tempfile
@@ -25,7 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks.engine import SHAPES, Peer, random_model, seconds
+from benchmarks.engine import SHAPES, random_model, seconds
+from benchmarks.generate import Peer
 from engine.engine import Engine, SamplingParams, Sequence
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
@@ -43,13 +43,12 @@ def say(engine: Engine, prompt: list[int], count: int) -> Sequence:
     return reply
 
 
-def measure(name: str, directory: Path, repeats: int) -> dict[str, Any]:
+def measure(name: str, directory: Path, repeats: int, peer: Peer) -> dict[str, Any]:
     """One model: median seconds to the first token of the next turn, warm and cold and by transformers."""
     budget = Settings.model_fields["reuse_mb"].default << 20  # as the server has it
     model = CausalModel.load(directory)
     cold = Engine(model, ChatTokenizer.load(directory), max_sequences=4)
     warm = Engine(model, cold.tokenizer, max_sequences=4, reuse_bytes=budget)
-    peer = Peer(directory)
     generator = torch.Generator().manual_seed(1)
 
     def words(count: int) -> list[int]:
@@ -62,7 +61,7 @@ def measure(name: str, directory: Path, repeats: int) -> dict[str, Any]:
         took = {
             "reused": seconds(partial(say, warm, prompt, 1)),
             "cold": seconds(partial(say, cold, prompt, 1)),
-            "generate": seconds(partial(peer, [prompt], 1)),
+            "generate": peer([prompt], 1),
         }
         if turn:  # the first is the warm-up
             for contestant, elapsed in took.items():
@@ -88,12 +87,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     print(f"{FIRST} tokens answered with {REPLY}, then {NEXT} more; float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = [measure("S", STARTER, 2 if args.quick else args.repeats)]
-    if not args.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure("M", random_model(Path(folder) / "M", SHAPES["M"]), args.repeats))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("S",) if args.quick else ("S", "M"):
+            directory = STARTER if name == "S" else random_model(Path(folder) / name, SHAPES[name])
+            with Peer(directory, Path(folder) / f"{name}.log", torch.get_num_threads()) as peer:
+                rows.append(measure(name, directory, 2 if args.quick else args.repeats, peer))
     met = {row["model"]: row["reused_over_cold"] <= TARGET for row in rows}
     print(json.dumps({"benchmark": "reuse", "target": TARGET, "met": met, "threads": torch.get_num_threads(), "rows": rows}))
     raise SystemExit(0 if all(met.values()) else 1)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.contest import ROOT, Contestant, ContestError, peer_python, round_robin
+from benchmarks.generate import Peer
 from benchmarks.ppo_update import summary
 
 CHILD = """
@@ -60,6 +61,13 @@ def test_our_threads_sleep_while_they_wait_and_a_peers_do_as_they_come(tmp_path:
     for sleeping, policy in ((True, "passive"), (False, None)):
         with Contestant("child", [sys.executable, "-c", tell, "0"], tmp_path / "child.log", threads=1, sleeping=sleeping) as child:
             assert child.turn()["got"] == policy
+
+
+def test_generate_answers_in_a_process_of_its_own_and_says_how_long_it_took(tiny_llama: Path, tmp_path: Path) -> None:
+    with Peer(tiny_llama, tmp_path / "log", 1) as peer:
+        assert peer([[5, 6, 7], [8, 9]], 6, replies=2) > 0 and peer.one_at_a_time([[5, 6, 7], [8]], 2) > 0
+        with pytest.raises(ContestError):
+            peer([], 2)
 
 
 def test_a_turn_carries_the_request_there_and_the_answer_back(tmp_path: Path) -> None:
