@@ -479,12 +479,20 @@ class Store:
         self._audit(db, actor, action, {"live": live, "previous": previous, "candidate": candidate})
 
     def take_in_round(self, n: int, record: Mapping[str, Any]) -> None:
-        """Remember a finished round and which votes it used. An abandoned round has used none."""
+        """Remember a finished round and which votes it used. An abandoned round has used none.
+
+        Where votes were withdrawn or erased while it ran, the audit log says which version learned from how many of them.
+        """
         abandoned = record.get("state") == "abandoned"
         last_seq = 0 if abandoned else int(record.get("last_seq") or 0)
+        used = [] if abandoned else list(record.get("vote_ids") or ())
         with self._write() as db:
             db.execute("insert or replace into rounds values (?, ?, ?, ?)", [n, json.dumps(dict(record)), last_seq, time.time()])
-            db.conn.executemany("insert or ignore into round_votes values (?, ?)", [(n, v) for v in (() if abandoned else record.get("vote_ids") or ())])
+            db.conn.executemany("insert or ignore into round_votes values (?, ?)", [(n, v) for v in used])
+            standing = "select v.id from votes v join standing_votes s on s.comparison_id = v.comparison_id and s.voter = v.voter"
+            gone = len(set(used) - {row[0] for row in db.execute(f"{standing} where v.id in (select value from json_each(?))", [json.dumps(used)])})
+            if gone and record.get("version"):
+                self._audit(db, "auto", "learned from withdrawn votes", {"round": n, "version": record["version"], "votes": gone})
 
     def rounds(self) -> list[dict[str, Any]]:
         """Every finished round as the learner wrote it, oldest first."""

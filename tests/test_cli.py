@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +34,7 @@ from server.auth import VoterHash
 from server.deployment import Deployment
 from server.settings import Settings
 from store import AdapterRegistry, Store, StoreError
+from tests.serving import publish_random
 
 ROOT = Path(__file__).parents[1]
 ROW = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
@@ -59,6 +64,39 @@ def commands() -> list[list[str]]:
 def test_every_command_has_help_worth_reading(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and len(plain(result.output)) > 150
+
+
+@pytest.mark.slow
+def test_a_server_that_its_command_started_does_what_the_other_commands_ask(tmp_path: Path, tiny_llama: Path) -> None:
+    data, log, config = tmp_path / "data", tmp_path / "server.log", tmp_path / "elsewhere.toml"
+    version = publish_random(AdapterRegistry(data / "adapters"), tiny_llama)
+    config.write_text("max_tokens = 5\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "plaudit", "serve", "--port", str(port), "--data-dir", str(data), "--model", str(tiny_llama), "--no-learner"]
+    with log.open("wb") as out:
+        environment = {**os.environ, "PLAUDIT_CONFIG": str(config), "OMP_WAIT_POLICY": "passive"}
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200 and version in run("adapters", "--url", url).output:
+                    break
+            time.sleep(0.2)
+        assert run("adapters", "--url", url, "promote", "base").output.strip() == "live: base"
+        assert run("adapters", "--url", url, "rollback").output.strip() == f"live: {version}"
+        cast = run("simulate", "--votes", "3", "-n", "2", "--url", url)
+        assert cast.exit_code == 0, cast.output
+        with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+            assert client.get("/v1/status").json()["votes"] == 3
+            said = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "model": "plaudit"}).json()
+        assert said["usage"]["completion_tokens"] <= 5 and said["model"] == f"plaudit@{version}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
 
 
 def test_every_command_is_in_the_readme() -> None:

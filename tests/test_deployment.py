@@ -335,6 +335,23 @@ def test_an_operators_choice_is_not_undone_by_votes(tiny_llama: Path, tmp_path: 
         assert set(versions_of(running, ask(c, 2)["plaudit"]["comparison_id"])) == {version}  # the question is closed: nothing more is mixed
 
 
+def test_a_version_that_comes_back_is_judged_by_the_votes_since(tiny_llama: Path, tmp_path: Path) -> None:
+    version = publish_random(AdapterRegistry(tmp_path / "adapters"), tiny_llama)
+    with served(settings_for(tmp_path, tiny_llama, mix_share=1.0, promotion="manual")) as running, running.client() as c:
+        def votes() -> int:
+            return c.get("/v1/stats").json()["abtest"]["votes"]
+
+        c.post(f"/v1/adapters/{version}/promote")
+        for _ in range(2):
+            vote_for(c, running, ask(c, 2), "base")
+        assert votes() == 2
+        c.post("/v1/adapters/base/promote")
+        assert c.post(f"/v1/adapters/{version}/promote").json()["live"] == version
+        assert votes() == 0
+        vote_for(c, running, ask(c, 2), "base")
+        assert votes() == 1
+
+
 def test_a_vote_that_decides_is_kept_where_the_decision_cannot_be_and_the_next_decides_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = AdapterRegistry(tmp_path / "adapters")
     with served(settings_for(tmp_path, tiny_llama, mix_share=1.0)) as running, running.client() as c:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -226,6 +227,20 @@ def test_withdrawing_names_the_versions_that_learned_from_the_vote_even_where_it
     assert store.withdraw_vote(other.id, "ann") == {"rounds": [], "versions": []}
     assert store.withdraw_vote(made.id, "ann") == {"rounds": [1], "versions": ["v000007"]}
     assert store.withdraw_vote(made.id, "ann") is None
+
+
+def test_votes_that_went_while_their_round_ran_are_listed_with_its_version(store: Store) -> None:
+    made = [ask(store, text, conversation=f"conv_{text}") for text in ("kept", "replaced", "withdrawn", "erased")]
+    votes = [store.record_vote(one.id, "ann", groups=[[0], [1]], kind="favourite")[0] for one in made]
+    record = {"state": "published", "vote_ids": [v.id for v in votes], "last_seq": votes[-1].seq, "version": "v000007"}
+    store.take_in_round(1, {"round": 1, **record})
+    assert store.audit_log() == []
+    store.record_vote(made[1].id, "ann", groups=[[1], [0]], kind="favourite")
+    store.withdraw_vote(made[2].id, "ann")
+    store.erase_conversation("conv_erased")
+    store.take_in_round(2, {"round": 2, **record})
+    last = store.audit_log()[-1]
+    assert (last["action"], json.loads(last["detail"])) == ("learned from withdrawn votes", {"round": 2, "version": "v000007", "votes": 2})
 
 
 def test_export_gives_strict_pairs_edits_and_rankings(store: Store) -> None:
