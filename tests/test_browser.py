@@ -26,6 +26,7 @@ CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chro
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
 PATIENCE_MS = 20_000
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ class Visit:
     def send(self, text: str) -> None:
         self.page.fill("#box textarea", text)
         self.page.keyboard.press("Enter")
-        expect(self.page.locator("#exchange .bubble")).to_contain_text(text, timeout=PATIENCE_MS)
+        expect(self.page.locator("#exchange .bubble")).to_contain_text(text)
         self.page.wait_for_selector("[data-phase=choosing] .choices button")
 
 
@@ -116,7 +117,7 @@ def until(true: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def status_says(page: Any, text: str) -> None:
-    expect(page.locator("#status")).to_contain_text(text, timeout=PATIENCE_MS)
+    expect(page.locator("#status")).to_contain_text(text)
 
 
 def test_a_newcomer_clicks_an_example_and_picks_a_reply_with_a_click(visit: Visit, fake: Fake) -> None:
@@ -431,11 +432,11 @@ def test_a_server_with_keys_asks_for_one_and_remembers_it(visit: Visit, fake: Fa
     fake.key = "plaudit-secret"
     page = visit.page
     page.goto(visit.url)
-    expect(page.get_by_label("Key")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_label("Key")).to_be_visible()
     status_says(page, "This server needs a key.")
     page.get_by_label("Key").fill("plaudit-secret")
     page.click("#use-key")
-    expect(page.get_by_label("Key")).to_be_hidden(timeout=PATIENCE_MS)
+    expect(page.get_by_label("Key")).to_be_hidden()
     visit.open()
     visit.send("Hello")
     assert fake.headers[-1]["authorization"] == "Bearer plaudit-secret"
