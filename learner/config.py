@@ -110,7 +110,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _numbers(self, "ppo.")
-        _need(self.lr > 0 and self.value_lr > 0 and self.max_grad_norm > 0, "ppo.lr, ppo.value_lr and ppo.max_grad_norm must be positive")
+        _need(self.lr >= 0 and self.value_lr >= 0 and self.max_grad_norm > 0, "ppo.lr and ppo.value_lr must not be negative, ppo.max_grad_norm positive")
         _need(self.clip > 0 and self.value_clip > 0, "ppo.clip and ppo.value_clip must be positive")
         _need(self.lora_r >= 1 and self.lora_alpha >= 1, "ppo.lora_r and ppo.lora_alpha must be at least 1")
         _need(self.max_new_tokens >= 1, "ppo.max_new_tokens must be at least 1")

@@ -96,7 +96,8 @@ def test_a_server_that_its_command_started_does_what_the_other_commands_ask(tmp_
         assert said["usage"]["completion_tokens"] <= 5 and said["model"] == f"plaudit@{version}"
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait(60) in (0, -signal.SIGTERM)  # uvicorn ends by the signal it was sent, once all is done
+    assert "Traceback" not in log.read_text()
 
 
 def test_every_command_is_in_the_readme() -> None:
