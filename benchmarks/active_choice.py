@@ -195,8 +195,7 @@ def fitted(model: Any, examples: list[RankedExample], features: list[Tensor], co
     """The members as a round fits them without a LoRA pass; None while every vote is a tie."""
     if not any(e.strict for e in examples):
         return None
-    split = split_folds(examples, config.folds, seed)
-    split = replace(split, folds=tuple(f for f in split.folds if any(examples[i].strict for i in f.train)))
+    split = split_folds(examples, config.folds, seed).where_learned(examples)
     weighed, _, ridge = weigh(examples, features, split, ridges(config.ridge))
     return fit_members(model, weighed, config, 0, ridge, seed, lambda *_: None, features)
 

@@ -55,6 +55,10 @@ def synced(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
     return told
 
 
+seen_on_linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="which file a descriptor is of is told by Linux's /proc alone")
+
+
+@seen_on_linux
 def test_a_version_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, manifest last, rename, and the directory that holds the name (DESIGN, step 6)."""
     told = synced(monkeypatch, tmp_path)
@@ -65,6 +69,7 @@ def test_a_version_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeyp
     assert "sync .publishing" in told[manifest:moved] and "sync ." in told[moved:]
 
 
+@seen_on_linux
 def test_a_new_databases_name_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = synced(monkeypatch, tmp_path)
     Store.open(tmp_path).close()

@@ -604,7 +604,9 @@ def test_what_was_read_for_one_person_is_not_used_for_another(tiny_llama: Path, 
     """How soon an answer comes would tell what others asked."""
     long = [{"role": "user", "content": "Tell me about bees and the moon, please. " * 8}]
     with served(settings_for(tmp_path, tiny_llama)) as running, running.client("ana") as ana, running.client("ben") as ben:
-        reused = lambda: running.runtime.bridge._engine.stats.reused_tokens  # noqa: E731
+        def reused() -> int:
+            return running.runtime.bridge._engine.stats.reused_tokens
+
         ask(ana, 1, messages=long)
         before = reused()
         ask(ben, 1, messages=long)
