@@ -43,7 +43,7 @@ class RewardConfig:
     head_lr: float = 1e-4  # AdamW, scalar head, after its first fit
     weight_decay: float = 0.05
     epochs: int = 1  # passes of LoRA training at most; the held-out loss says how many of them are used, 0 included
-    worth: float = 0.05  # share of the held-out loss that a pass must save: it and all the scoring by adapters after it cost half of a round
+    worth: float = 0.03  # nats a comparison of held-out loss that a pass must save: it and all the scoring by adapters after it cost half of a round
     pass_examples: int = 64  # comparisons of one pass at most, drawn anew each time: a round must stay short
     batch: int = 8  # comparisons a step
     folds: int = 4  # of the cross-validation
@@ -59,7 +59,7 @@ class RewardConfig:
         _need(self.folds >= 2, "reward.folds must be at least 2")
         _need(self.epochs >= 0 and self.batch >= 1, "reward.epochs must be at least 0, reward.batch at least 1")
         _need(self.ridge > 0, "reward.ridge must be positive")
-        _need(self.worth < 1, "reward.worth must be below 1")
+        _need(self.worth >= 0, "reward.worth must not be negative")
         _need(self.lr > 0 and self.head_lr > 0, "reward.lr and reward.head_lr must be positive")
 
 

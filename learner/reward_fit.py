@@ -185,7 +185,7 @@ def cross_validate(
             progress((len(curve) + i / len(fits)) / (config.epochs + 1), f"cross-validation: pass {len(curve)}, fold {i + 1} of {len(fits)}")
             fits[i].epoch(len(curve) - 1)
             tried.append(Tested.of(reward, i, examples, features, fold.test))
-            if mean_loss(tried) >= (1 - config.worth) * mean_loss(best[: i + 1]):
+            if mean_loss(tried) >= mean_loss(best[: i + 1]) - config.worth:
                 break
         else:
             best, passes = tried, len(curve)

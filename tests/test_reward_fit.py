@@ -175,6 +175,19 @@ def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: Caus
     assert scored.tolist() == pytest.approx(expected.tolist(), abs=1e-4)  # the judges went back to where they were best
 
 
+def test_a_pass_is_used_where_it_saves_as_many_nats_as_it_is_worth(model: CausalModel) -> None:
+    examples, split = shortest_wins(24, 9), split_folds(shortest_wins(24, 9), 3, 0)
+    config = RewardConfig(epochs=1, lr=5e-3, head_lr=1e-2, lora_r=4, ridge=30.0, worth=0.0)  # heads held so tight that they say little
+    paid = cross_validate(model, examples, split, config, 0, quiet)
+    saved = paid.curve[0] - paid.curve[1]
+    assert paid.epochs == 1 and saved > 0
+    paid.judges.delete()
+    dear = cross_validate(model, examples, split, replace(config, worth=saved * 1.01), 0, quiet)
+    assert dear.epochs == 0 and dear.curve[0] == paid.curve[0]
+    fair = cross_validate(model, examples, split, replace(config, worth=saved * 0.5), 0, quiet)
+    assert fair.epochs == 1 and fair.curve == paid.curve
+
+
 def test_numbers_that_are_not_finite_end_the_fit(model: CausalModel) -> None:
     examples = shortest_wins(12, 10)
     config = RewardConfig(epochs=2, lr=1e30, head_lr=1e30, lora_r=4)

@@ -37,7 +37,7 @@ LOOSE = GateConfig(
 )  # fmt: skip
 QUICK = LearnerConfig(
     round_votes=4, practice_prompts=6, heartbeat_s=0.2, poll_s=0.1,
-    reward=RewardConfig(members=2, folds=3, epochs=1, lora_r=4, lora_alpha=8, ridge=0.01, pass_examples=8, worth=0.01),
+    reward=RewardConfig(members=2, folds=3, epochs=1, lora_r=4, lora_alpha=8, ridge=0.01, pass_examples=8, worth=0.0),
     ppo=PPOConfig(updates=2, prompts_per_update=2, replies_per_prompt=2, max_new_tokens=8, lora_r=4, lora_alpha=8, kl_ceiling=1e6, epochs=1,
                   max_seconds=600.0),
     gate=LOOSE,
