@@ -176,7 +176,8 @@ def test_passes_are_used_only_as_far_as_they_lower_the_held_out_loss(model: Caus
 
 
 def test_a_pass_is_used_where_it_saves_as_many_nats_as_it_is_worth(model: CausalModel) -> None:
-    examples, split = shortest_wins(24, 9), split_folds(shortest_wins(24, 9), 3, 0)
+    examples = shortest_wins(24, 9)
+    split = split_folds(examples, 3, 0)
     config = RewardConfig(epochs=1, lr=5e-3, head_lr=1e-2, lora_r=4, ridge=30.0, worth=0.0)  # heads held so tight that they say little
     paid = cross_validate(model, examples, split, config, 0, quiet)
     saved = paid.curve[0] - paid.curve[1]
