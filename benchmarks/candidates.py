@@ -237,8 +237,10 @@ class Workshop:
 class Opposite(RewardModel):
     """The reward with its sign turned: what a learner optimises that has mixed up chosen and rejected."""
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
-        return -super().score(prompt_ids, completion_ids, members)
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None, features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return -super().score(prompt_ids, completion_ids, members, features)
 
 
 # ------------------------------------------------------------------------- what bad versions say, and files gone wrong

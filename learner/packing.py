@@ -76,11 +76,13 @@ class PackedRows:
         parts = (ids, positions, owner >= 0, attend, torch.tensor(row), torch.tensor(asked), torch.tensor(last), reply_columns)
         return cls(*(part.to(device) for part in parts))
 
-    @property
-    def before(self) -> Tensor:
-        """(M, R), R tokens being the longest reply: the column whose state chose each of its tokens; any column after its last."""
+    def before(self, *, whole: bool = False) -> Tensor:
+        """(M, R), R tokens being the longest reply: the column whose state chose each of its tokens; any column after its last.
+
+        whole: (M, R + 1), so that the column of every reply's last token is there too.
+        """
         lengths = self.reply.sum(1, keepdim=True)  # (M, 1)
-        at = (self.last[:, None] - lengths + torch.arange(int(lengths.max()), device=lengths.device)).clamp(0, self.ids.shape[1] - 1)
+        at = (self.last[:, None] - lengths + torch.arange(int(lengths.max()) + whole, device=lengths.device)).clamp(0, self.ids.shape[1] - 1)
         at[:, 0] = self.asked
         return at
 

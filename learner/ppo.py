@@ -18,13 +18,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.engine import BASE, Engine
+from engine.features import feature_count
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
@@ -46,7 +47,7 @@ from learner.rollout import Trajectories
 from learner.scorer import Scorer
 from learner.stopping import Finalists, Judged, Kept
 from learner.text_checks import broken_rate, distinct_n, faults
-from learner.value import VALUE, FittedValue, TrainedValue
+from learner.value import VALUE, FittedValue, TrainedValue, prefix_features
 
 UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
 RATIO_LIMIT = 10.0  # mean probability ratio of a minibatch over which the run is dropped, as in TRL (`ratio_threshold`)
@@ -153,40 +154,69 @@ def train_ppo(
         except FloatingPointError as error:
             raise PPOError(str(error)) from error
 
-    def against_reference(batch: Trajectories) -> tuple[Tensor, ...]:
-        """`rollout.reply_divergence` on the policy's replies, by the training pass, (B, R) each; last what `fitted` sees there."""
+    def blank(batch: Trajectories) -> Tensor | None:
+        """(B, F) for what the bare base makes of whole replies, if it is the reference, members read it, and all fit as they read them."""
+        bare = reference is None and (reward.reads_base or (judges is not None and judges.reads_base))
+        fits = int(batch.valid.sum(1).max()) <= reward.limit
+        return batch.mask.new_zeros(len(batch), feature_count(model.hidden_size), dtype=torch.float32) if bare and fits else None
+
+    def look(batch: Trajectories, rows: Tensor, hidden: Tensor, features: Tensor | None) -> tuple[Tensor, ...]:
+        """What `fitted` sees before each token, if there is one; the rows' part of `features`, if that is wanted, is filled in.
+
+        hidden: (n, R' + 1, D), the reference's states.
+        """
+        if fitted is None and features is None:
+            return ()
+        found = prefix_features(model, batch, rows, hidden.float())
+        if features is not None:
+            features[rows] = found[torch.arange(len(rows), device=rows.device), batch.lengths[rows]]
+        return () if fitted is None else (fitted.inputs(found[:, :-1]),)
+
+    def against_reference(batch: Trajectories) -> tuple[Trajectories, tuple[Tensor, ...]]:
+        """The policy's replies, perhaps with what the base makes of them, and `rollout.reply_divergence` on them, by the training pass,
+        (B, R) each; last what `fitted` sees there."""
+        features = blank(batch)
 
         def compute(rows: Tensor) -> tuple[Tensor, ...]:
             found = rollout.reply_divergence(model, batch, rows, policy, reference, config.temperature, config.nucleus)
-            seen = () if fitted is None else (fitted.inputs(batch, rows, found.ref_hidden),)
+            seen = look(batch, rows, found.ref_hidden, features)
             return (found.logprobs, found.ref_logprobs, found.entropy, found.kl, found.nucleus, *seen)
 
         parts = over(model, batch, range(len(batch)), config, compute)
         if not bool(parts[3].isfinite().all()):
             raise PPOError("the KL divergence from the reference is not a finite number")
-        return parts
+        return replace(batch, features=features), parts
+
+    def read_by_reference(batch: Trajectories) -> tuple[Trajectories, tuple[Tensor, ...]]:
+        """Any replies, perhaps with what the base makes of them, and what `fitted` sees there."""
+        features = blank(batch)
+        if fitted is None and features is None:
+            return batch, ()
+        with torch.no_grad():
+            seen = over(model, batch, range(len(batch)), config, lambda r: look(batch, r, rollout.reply_hidden(model, batch, r, reference, whole=True), features))
+        return replace(batch, features=features), seen
 
     asked = random.Random(f"unit/{seed}").sample(fitting, min(UNIT, len(fitting)))
-    unit = sample(reference or BASE, asked, 0)
+    fitted = FittedValue(reward) if config.estimator == "gae-ls" else None
+    unit, seen_by_unit = read_by_reference(sample(reference or BASE, asked, 0))
     fault_price = FaultPrice(config.broken_penalty, max(broken_share(fault_tokens(unit, tokenizer), len(unit)), 0.5 / len(unit)))
-    fitted = FittedValue(model, reward) if config.estimator == "gae-ls" else None
     note = None
     begin(model, policy, start, config, seed)
     if start != reference:
-        far = float(against_reference(sample(policy, next(draw), 1))[3].sum(1).mean())
+        _, (_, _, _, divergence, *_) = against_reference(sample(policy, next(draw), 1))
+        far = float(divergence.sum(1).mean())
         if far > ceiling:
             note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
             model.lora.delete(policy)
             begin(model, policy, reference, config, seed)
             start = reference
-    begun = None if start == reference else sample(policy, asked, 0)
+    begun = None if start == reference else read_by_reference(sample(policy, asked, 0))[0]
     scorer = Scorer(reward, unit, begun)
     judge = None if judges is None else Scorer(judges, unit, begun)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
     value = TrainedValue(model, reward, scorer) if config.estimator == "gae" else None
     if fitted is not None:
-        with torch.no_grad():
-            (seen,) = over(model, unit, range(len(unit)), config, lambda r: (fitted.inputs(unit, r, rollout.reply_hidden(model, unit, r, reference)),))
+        (seen,) = seen_by_unit
         came = lower_bound(scorer.unit, config).to(seen.device)
         fitted.fit(fitted.beside(seen, came, unit.group), came[:, None].expand(unit.mask.shape), unit.mask)
     trained = list(model.lora.parameters(policy).values())
@@ -235,7 +265,7 @@ def train_ppo(
             batch = sample(policy, next(draw), update + 2)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
-            old, ref, entropy, divergence, nucleus, *seen_by = against_reference(batch)  # (B, R) nats; (B, R, W)
+            batch, (old, ref, entropy, divergence, nucleus, *seen_by) = against_reference(batch)  # (B, R) nats; (B, R, W)
             kl, kl_reply = kl_k1(old, ref), float(divergence.sum(1).mean())
             beta = controller.price(kl_reply)
 

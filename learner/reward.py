@@ -111,18 +111,40 @@ class RewardModel:
         """`count` fresh members `<prefix>0`, `<prefix>1`, ..., all heads on the bare base."""
         return cls(model, config, [Member(f"{prefix}{i}", model.hidden_size).to(model.device) for i in range(count)])
 
+    @property
+    def limit(self) -> int:
+        """Tokens of a prompt and its reply that are read; of longer ones the oldest are lost."""
+        return min(self.config.max_tokens, self.model.max_context)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether a member reads the bare base."""
+        return any(member.adapter is None for member in self.members)
+
     @torch.no_grad()
     def score(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None
-    ) -> Tensor:
-        """Scores (N, members) of N completions, each on its own prompt. `members` picks some of them, by position."""
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Scores (N, members) of N completions, each on its own prompt.
+
+        members: some of them, by position. features: (N, F) of the completions on the bare base, where it has read them already.
+        """
         chosen = self.members if members is None else [self.members[i] for i in members]
         scores = torch.empty(len(prompt_ids), len(chosen))
+        unread = list(enumerate(chosen))
+        if features is not None:
+            for column, member in unread:
+                if member.adapter is None:
+                    scores[:, column] = member.of_features(features).cpu()
+            unread = [(column, member) for column, member in unread if member.adapter]
+        if not unread:
+            return scores
         for rows in packing.passes(prompt_ids, completion_ids, range(len(prompt_ids)), pass_tokens(self.model.device), self.model):
             batch = self.laid_out([(prompt_ids[own[0]], [completion_ids[i] for i in own]) for own in packing.by_prompt(prompt_ids, rows)])
-            features = {a: read(self.model, batch, a) for a in dict.fromkeys(m.adapter for m in chosen)}
-            for column, member in enumerate(chosen):
-                scores[rows, column] = member.of_features(features[member.adapter]).cpu()
+            found = {a: read(self.model, batch, a) for a in dict.fromkeys(member.adapter for _, member in unread)}
+            for column, member in unread:
+                scores[rows, column] = member.of_features(found[member.adapter]).cpu()
         return scores
 
     def score_examples(self, examples: Sequence[RankedExample], members: Sequence[int] | None = None) -> list[Tensor]:
@@ -178,14 +200,13 @@ class RewardModel:
 
     def laid_out(self, groups: Sequence[Group]) -> Rows | PackedRows:
         """Prompts with their replies: one row a prompt where that is cheaper, else one a reply."""
-        if worth_packing(groups, self.model, min(self.config.max_tokens, self.model.max_context)):
+        if worth_packing(groups, self.model, self.limit):
             return PackedRows.of(groups, self.model.pad_id, self.model.device)
         return self.rows([(prompt, reply) for prompt, replies in groups for reply in replies])
 
     def rows(self, pairs: Sequence[Pair]) -> Rows:
         """(prompt, reply) pairs as rows of at most `max_tokens` each: the oldest tokens go first, the end is always kept."""
-        limit = min(self.config.max_tokens, self.model.max_context)
-        kept = [[*prompt, *reply][-limit:] for prompt, reply in pairs]
+        kept = [[*prompt, *reply][-self.limit :] for prompt, reply in pairs]
         longest = max(map(len, kept))
         ids = torch.full((len(kept), longest), self.model.pad_id, dtype=torch.long)
         valid = torch.zeros(len(kept), longest, dtype=torch.bool)

@@ -42,6 +42,7 @@ class Trajectories:
     chosen_at: Tensor  # (B, R) column of `ids` whose hidden state chose reply token r
     mask: Tensor  # (B, R) bool: real reply tokens, the end token among them
     engine_logprobs: Tensor  # (B, R) nats, as recorded while sampling; 0 outside the mask
+    features: Tensor | None = None  # (B, F) what the bare base makes of each whole reply (`engine/features.py`), where it has read them
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -143,20 +144,23 @@ def passes(model: CausalModel, batch: Trajectories, rows: Sequence[int], max_tok
     return [torch.tensor(part, device=batch.ids.device) for part in found]
 
 
-def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None) -> Tensor:
-    """(n, R', D) hidden states that chose the reply tokens of `rows`, R' the longest reply among them."""
+def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, *, whole: bool = False) -> Tensor:
+    """(n, R', D) hidden states that chose the reply tokens of `rows`, R' the longest reply among them.
+
+    whole: (n, R' + 1, D), so that the state after all of a reply's n tokens is there too, at n.
+    """
     each = rows.tolist()
     groups = [(batch.prompts[own[0]], [batch.completions[i] for i in own]) for own in packing.by_prompt(batch.prompts, each)]
     if len(groups) < len(each) and worth_packing(groups, model, model.max_context):
         packed = PackedRows.of(groups, model.pad_id, model.device)
         hidden = model(packed.ids, positions=packed.positions, valid=packed.valid, attend=packed.attend, adapter=adapter)  # (N, T', D)
         # Not by indexing: several replies take their prompt's last state, and on several threads its gradients would add up in any order
-        at = packed.row[:, None] * packed.ids.shape[1] + packed.before  # (n, R')
+        at = packed.row[:, None] * packed.ids.shape[1] + packed.before(whole=whole)  # (n, R') or one more
         return hidden.flatten(0, 1).index_select(0, at.flatten()).view(*at.shape, -1)
     wide = int(batch.valid[rows].sum(1).max())
     reply = int(batch.mask[rows].sum(1).max())
     hidden = model(batch.ids[rows, :wide], valid=batch.valid[rows, :wide], adapter=adapter)  # (n, T', D)
-    at = batch.chosen_at[rows, :reply].clamp(max=wide - 1)
+    at = (batch.chosen_at[rows, :1] + torch.arange(reply + whole, device=rows.device)).clamp(max=wide - 1)
     return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -215,7 +219,7 @@ class Divergence:
     entropy: Tensor  # of the policy where each token was chosen
     kl: Tensor  # KL(policy, reference) where each token was chosen, summed over the whole vocabulary
     nucleus: Tensor  # (n, R', W) int64, no nats: the reference's nucleus there, likeliest first, then -1; all -1 where it has more than W tokens
-    ref_hidden: Tensor  # (n, R', D), no nats: the reference's states before each token
+    ref_hidden: Tensor  # (n, R' + 1, D), no nats: the reference's states before each token and after the last, as `reply_hidden`'s `whole`
 
 
 @torch.no_grad()
@@ -228,8 +232,8 @@ def reply_divergence(
     drawn add to it is averaged out (Rao-Blackwell; Amini et al. 2025, "Better Estimation of the KL Divergence").
     """
     logits, tokens, mask = reply_logits(model, batch, rows, reply_hidden(model, batch, rows, adapter), temperature)
-    ref_hidden = reply_hidden(model, batch, rows, reference)
-    ref, _, _ = reply_logits(model, batch, rows, ref_hidden, temperature)
+    ref_hidden = reply_hidden(model, batch, rows, reference, whole=True)
+    ref, _, _ = reply_logits(model, batch, rows, ref_hidden[:, :-1], temperature)
     entropy, kl = torch.zeros(len(tokens), device=tokens.device), torch.zeros(len(tokens), device=tokens.device)
     nucleus = torch.full((len(tokens), min(NUCLEUS, logits.shape[1])), -1, device=tokens.device)
     for part in torch.arange(len(tokens), device=tokens.device).split(256):  # a vocabulary may be large

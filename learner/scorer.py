@@ -40,7 +40,7 @@ class Scorer:
         return (F.logsigmoid(self._raw(batch) - self.good) - self.mean) / self.std
 
     def _raw(self, batch: Trajectories) -> Tensor:
-        scores = self.reward.score(batch.prompts, batch.completions)
+        scores = self.reward.score(batch.prompts, batch.completions, features=batch.features)
         if not bool(scores.isfinite().all()):
             raise RewardDiverged("the reward model gave a score that is not a finite number")
         return scores

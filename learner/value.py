@@ -26,14 +26,14 @@ KEEP = 0.8  # what a batch counts when the next one is fitted with it: the polic
 
 
 def prefix_features(model: CausalModel, batch: Trajectories, rows: Tensor, hidden: Tensor) -> Tensor:
-    """(n, R', F) `engine.features.reply_features` of the reply up to each token, that one not included.
+    """(n, T, F) `engine.features.reply_features` of the first 0, 1, ... T - 1 tokens of the replies to `rows`.
 
-    hidden: (n, R', D), the states from which the tokens of `rows` are chosen, the prompt's last one first.
+    hidden: (n, T, D), the states after so many of them, the prompt's last one first: `rollout.reply_hidden`'s.
     """
     n, length, _ = hidden.shape
     total = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, 1:].cumsum(1)], 1)
-    ended = model.sentence_ends[batch.tokens[rows, :length]].cumsum(1)
-    ends = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1)
+    ended = model.sentence_ends[batch.tokens[rows, : length - 1]].cumsum(1)
+    ends = torch.cat([ended.new_zeros(n, 1), ended], 1)
     said = torch.arange(length, device=hidden.device).repeat(n)
     return reply_features(hidden.flatten(0, 1), total.flatten(0, 1), said, ends.flatten()).view(n, length, -1)
 
@@ -47,17 +47,15 @@ class FittedValue:
     (Williams 1992; Kool et al. 2019) and loses what V foresees of its noise (Greensmith et al. 2004).
     """
 
-    def __init__(self, model: CausalModel, reward: RewardModel) -> None:
-        self.model = model
+    def __init__(self, reward: RewardModel) -> None:
         self.weight = torch.stack([m.head.weight[0].detach() for m in reward.members]).mean(0)  # (F,)
         size = 3 + COUNTS + 2 + 1 + 1
-        self.products = torch.zeros(size, size, dtype=torch.float64, device=model.device)  # of the inputs with each other
-        self.returned = torch.zeros(size, dtype=torch.float64, device=model.device)  # of the inputs with the returns
+        self.products = torch.zeros(size, size, dtype=torch.float64, device=self.weight.device)  # of the inputs with each other
+        self.returned = torch.zeros(size, dtype=torch.float64, device=self.weight.device)  # of the inputs with the returns
 
     @torch.no_grad()
-    def inputs(self, batch: Trajectories, rows: Tensor, hidden: Tensor) -> Tensor:
-        """(n, R', 12) float32. hidden: (n, R', D), the reference's states from which the tokens of `rows` are chosen."""
-        features = prefix_features(self.model, batch, rows, hidden.float())
+    def inputs(self, features: Tensor) -> Tensor:
+        """(n, R', 12) float32. features: (n, R', F), what the reference makes of the replies before each token (`prefix_features`)."""
         states, counts = features[..., :-COUNTS] * self.weight[:-COUNTS], features[..., -COUNTS:]
         said = states.unflatten(-1, (3, -1)).sum(-1)  # (n, R', 3): of the last state, the mean, the sum
         return torch.cat([said, counts, said[..., 1:] * counts[..., :1], torch.ones_like(counts[..., :1])], -1)

@@ -54,7 +54,9 @@ QUESTIONS = ["Hi", "Tell me about the moon.", "Why?", "Who are you?", "Thanks!"]
 class Planted(RewardModel):
     """Two members that are not of one mind, each with a scale and an offset of its own."""
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None, features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         return torch.tensor([planted(c) for c in completion_ids])
 
 
@@ -248,7 +250,7 @@ def test_the_update_is_given_what_the_papers_say_recomputed_from_the_tokens(
     assert started.prompts == unit.prompts and len(watched.given) == 2 and len(unit) == 4 * len(QUESTIONS) and sorted(map(tuple, unit.prompts[::4])) == sorted(map(tuple, prompts_of(tokenizer)))
     for update, given in enumerate(watched.given):
         batch = given["batch"]
-        assert batch is watched.batches[3 + update] and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
+        assert batch.completions is watched.batches[3 + update].completions and 0 < int(batch.cut.sum()) < len(batch) and min(map(len, batch.completions)) < 10
         every = by_transformers(tiny_llama, tmp_path / str(update), batch, config.temperature)
         every_ref = by_transformers(tiny_llama, tmp_path / "reference", batch, config.temperature)
         logprobs, ref = chosen(batch, every), chosen(batch, every_ref)

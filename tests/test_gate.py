@@ -197,7 +197,9 @@ def test_the_interval_of_equal_or_few_values_is_not_a_point() -> None:
 class Liking(RewardModel):
     """Members whose scores are planted: they like what `version` says, whatever it is, on top of noise."""
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None, features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         return torch.tensor([[float(len(set(c)))] * 2 for c in completion_ids])
 
 
@@ -292,7 +294,9 @@ class Partial(RewardModel):
 
     strength, calls = 0.0, 0
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None, features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         self.calls += 1
         noise = torch.randn(len(completion_ids), 2, generator=torch.Generator().manual_seed(self.calls))
         return 0.1 * noise + self.strength * (self.calls % 2)

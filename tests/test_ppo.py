@@ -52,7 +52,9 @@ class Planted(RewardModel):
         self.function = function
         return self
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None) -> Tensor:
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], members: Sequence[int] | None = None, features: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         return torch.tensor([[float(self.function(c))] * len(self.members) for c in completion_ids])
 
 
@@ -327,6 +329,42 @@ def test_a_run_is_paid_for_beating_a_good_reply_of_the_version_it_begins_at(
     assert torch.allclose(second.good, raw.mean(0) + raw.std(0))
 
 
+@pytest.mark.parametrize(("estimator", "limit", "start", "reference", "shared"), [
+    ("gae-ls", 512, None, None, True), ("rloo", 512, None, None, True), ("gae-ls", 512, "live", None, True),
+    ("gae-ls", 12, None, None, False), ("gae-ls", 512, "live", "live", False),
+])  # fmt: skip
+def test_the_base_reads_a_batch_once_where_it_is_the_reference_and_members_read_it_too(
+    model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+    estimator: str, limit: int, start: str | None, reference: str | None, shared: bool,
+) -> None:  # fmt: skip
+    if start:
+        model.lora.create(start, r=4, seed=0)
+        with torch.no_grad():
+            for p in model.lora.parameters(start).values():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    reward = RewardModel.create(model, RewardConfig(members=3, lora_r=4, max_tokens=limit), 3)
+    judges = RewardModel.create(model, RewardConfig(members=2, lora_r=4, max_tokens=limit), 2, "judge")
+    for i, member in enumerate((*reward.members, *judges.members)):
+        torch.nn.init.normal_(member.head.weight, generator=torch.Generator().manual_seed(i))
+    model.lora.create("reward2", r=4, seed=0)  # two members read the base, the third its own adapter
+    reward.members[2].adapter = "reward2"
+    with torch.no_grad():
+        for p in model.lora.parameters("reward2").values():
+            p.add_(0.1)
+    read, seen = RewardModel.score, list[bool]()
+
+    def compared(self: RewardModel, p: Sequence[Sequence[int]], c: Sequence[Sequence[int]], members: None = None, features: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(features is not None)
+        anew = read(self, p, c)
+        assert features is None or (torch.allclose(read(self, p, c, features=features), anew, atol=1e-4) and anew.std(0).min() > 1e-2)
+        return anew
+
+    monkeypatch.setattr(RewardModel, "score", compared)
+    config = replace(SMALL, estimator=estimator, updates=2, judge_every=1, kl_ceiling=1e9)
+    train_ppo(model, tokenizer, reward, judges=judges, prompts=prompts, policy="p", start=start, reference=reference, config=config)
+    assert len(seen) >= 6 and set(seen) == {shared}
+
+
 def free(batch: Trajectories) -> tuple[Endings, Outside]:
     """Ending costs nothing anywhere, and anything may be said."""
     return Endings(torch.zeros(batch.mask.shape), (1,)), Outside(torch.full((*batch.mask.shape, 1), -1), 0.0)
@@ -575,7 +613,7 @@ def test_the_value_function_starts_as_the_reward_of_what_has_been_said(model: Ca
 def test_scores_are_log_odds_against_a_good_reply_whatever_a_members_offset(model: CausalModel, tokenizer: ChatTokenizer, prompts: list[list[int]]) -> None:
     batch = rollout.sample(Engine(model, tokenizer, max_sequences=12), prompts, version="base", group=2, max_tokens=8, temperature=1.0, seed=0)
     reward = RewardModel.create(model, RewardConfig(members=2, lora_r=4), 2)
-    reward.score = lambda p, c: torch.tensor([[4 * even_share(x), 50 + 4 * even_share(x)] for x in c])  # type: ignore[method-assign]
+    reward.score = lambda p, c, features: torch.tensor([[4 * even_share(x), 50 + 4 * even_share(x)] for x in c])  # type: ignore[method-assign]
     scorer = Scorer(reward, batch)
     units = scorer(batch)
     assert torch.allclose(units[:, 0], units[:, 1], atol=1e-4) and units.mean(0).abs().max() < 1e-5

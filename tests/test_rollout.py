@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from engine.engine import Engine
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
-from learner import rollout
+from learner import packing, rollout
 from learner.rollout import (
     Trajectories,
     collect,
@@ -193,6 +193,18 @@ def test_hidden_states_are_those_before_each_reply_token(model: CausalModel, bat
             for r in (0, len(batch.completions[i]) - 1):
                 prefix = torch.tensor([[*batch.prompts[i], *batch.completions[i][:r]]])
                 assert torch.allclose(hidden[k, r], model(prefix, adapter="policy")[0, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "packed"), [([0, 3], False), ([0, 1, 2, 3, 4, 5], True)])
+def test_the_whole_of_it_has_the_state_after_each_replys_last_token_too(model: CausalModel, batch: Trajectories, rows: list[int], packed: bool) -> None:
+    groups = [(batch.prompts[own[0]], [batch.completions[i] for i in own]) for own in packing.by_prompt(batch.prompts, rows)]
+    assert (len(groups) < len(rows) and packing.worth_packing(groups, model, model.max_context)) == packed
+    with torch.no_grad():
+        whole = reply_hidden(model, batch, torch.tensor(rows), "policy", whole=True)
+        assert torch.equal(whole[:, :-1], reply_hidden(model, batch, torch.tensor(rows), "policy"))
+        for k, i in enumerate(rows):
+            ids = torch.tensor([[*batch.prompts[i], *batch.completions[i]]])
+            assert torch.allclose(whole[k, len(batch.completions[i])], model(ids, adapter="policy")[0, -1], atol=1e-4)
 
 
 @pytest.fixture(scope="module")

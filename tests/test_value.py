@@ -17,7 +17,7 @@ from learner import rollout
 from learner.config import RewardConfig
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
-from learner.value import KEEP, RIDGE, FittedValue
+from learner.value import KEEP, RIDGE, FittedValue, prefix_features
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def members(model: CausalModel) -> RewardModel:
 def seen(model: CausalModel, value: FittedValue, batch: Trajectories) -> Tensor:
     rows = torch.arange(len(batch))
     with torch.no_grad():
-        inputs = value.inputs(batch, rows, rollout.reply_hidden(model, batch, rows, None))
+        inputs = value.inputs(prefix_features(model, batch, rows, rollout.reply_hidden(model, batch, rows, None)))
         return value.beside(inputs, torch.linspace(-1, 1, len(batch)), batch.group)
 
 
 def test_it_sees_what_the_mean_head_makes_of_the_reply_so_far(model: CausalModel, tiny_llama: Path) -> None:
     batch, reward = replies(model, ChatTokenizer.load(tiny_llama), 4, 0), members(model)
-    got = seen(model, FittedValue(model, reward), batch)
+    got = seen(model, FittedValue(reward), batch)
     theirs = AutoModelForCausalLM.from_pretrained(tiny_llama)
     weight = torch.stack([m.head.weight[0] for m in reward.members]).mean(0).detach()
     size = model.hidden_size
@@ -77,7 +77,7 @@ def test_it_hears_what_came_of_the_other_replies_to_the_prompt_and_never_of_its_
 
 
 def test_it_says_what_ridge_regression_says_and_forgets_old_batches(model: CausalModel, tiny_llama: Path) -> None:
-    tokenizer, value = ChatTokenizer.load(tiny_llama), FittedValue(model, members(model))
+    tokenizer, value = ChatTokenizer.load(tiny_llama), FittedValue(members(model))
     rows, targets, weights = [], [], []
     for k in range(3):
         batch = replies(model, tokenizer, 12, k)
@@ -93,7 +93,7 @@ def test_it_says_what_ridge_regression_says_and_forgets_old_batches(model: Causa
 
 
 def test_it_foresees_a_score_that_hangs_on_length(model: CausalModel, tiny_llama: Path) -> None:
-    tokenizer, value = ChatTokenizer.load(tiny_llama), FittedValue(model, members(model))
+    tokenizer, value = ChatTokenizer.load(tiny_llama), FittedValue(members(model))
     for k in range(4):
         batch = replies(model, tokenizer, 24, k)
         inputs, returns = seen(model, value, batch), -batch.lengths.float()[:, None].expand(batch.mask.shape)
