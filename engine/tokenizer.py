@@ -23,6 +23,7 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any, eos_ids: tuple[int, ...]) -> None:
         self.hf = tokenizer
+        tokenizer.encode("", add_special_tokens=False)  # transformers sets the shared backend up at the first call: from then on nothing changes it
         self.fast = getattr(tokenizer, "backend_tokenizer", None)
         self.eos_ids = eos_ids
         self.pad_id: int = next(i for i in (tokenizer.pad_token_id, *eos_ids, 0) if i is not None)
@@ -88,9 +89,13 @@ class ChatTokenizer:
         parts = re.split(f"{opened}(.*?){closed}", made, flags=re.S)  # every second one is somebody's
         if any(nonce in part for part in parts[::2]):  # half of a pair, or written otherwise
             raise ValueError("the model's chat template changes text that spells a special token: leave that out")
+        known: dict[tuple[str, bool], list[int]] = {}  # a message may spell a token ten thousand times
         ids: list[int] = []
         for i, part in enumerate(parts):
-            ids += self.encode(part) if i % 2 else self.hf.encode(part, add_special_tokens=False, verbose=False)
+            said = part, bool(i % 2)
+            if said not in known:
+                known[said] = self.encode(part) if i % 2 else self.hf.encode(part, add_special_tokens=False, verbose=False)
+            ids += known[said]
         return ids
 
     @cached_property
@@ -119,7 +124,24 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no special tokens added; one that is spelled out in it is text too."""
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if self.literal is None:
+            return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self.literal.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def literal(self) -> Any:
+        """A copy of the fast tokenizer that knows no special tokens in text; None where there is no fast one.
+
+        transformers would switch the one that all threads share to and fro for it: another thread's template then comes out as text, and
+        somebody's text as marks of the template.
+        """
+        if self.fast is None:
+            return None
+        copy = type(self.fast).from_str(self.fast.to_str())
+        copy.encode_special_tokens = True
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out, spaces exactly as the tokens have them."""

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.source import ModelError
 from engine.tokenizer import WHOLE, ChatTokenizer, IncrementalText
+from server.settings import STARTER
 
 TEXTS = [
     "plain words, a few of them.",
@@ -77,6 +79,23 @@ def test_a_template_that_changes_what_spells_a_special_token_is_a_value_error(ti
     assert tokenizer.decode(tokenizer.render([{"role": "user", "content": "plain"}])) == "plain"
     with pytest.raises(ValueError, match="leave that out"):
         tokenizer.render([{"role": "user", "content": "a<|end|>b"}])
+
+
+def test_people_who_write_at_the_same_time_do_not_hear_each_other(tokenizer: ChatTokenizer) -> None:
+    """transformers keeps what a special token is to be taken for in one object that all threads share."""
+    forging = [{"role": "user", "content": " ".join(f"{i}<|end|>" for i in range(200))}]
+    plain = [{"role": "user", "content": "Hello there. " * 100}]
+    alone = [tokenizer.render(forging), tokenizer.render(plain)]
+    with ThreadPoolExecutor(4) as people:
+        together = list(people.map(tokenizer.render, [forging, plain] * 60))
+    assert together == alone * 60
+
+
+def test_plain_text_is_encoded_as_transformers_does_that_is_told_of_no_special_tokens(tokenizer: ChatTokenizer, metaspace: ChatTokenizer) -> None:
+    for made in (tokenizer, metaspace, ChatTokenizer.load(STARTER)):
+        special = "".join(made.hf.all_special_tokens)
+        for text in ("", " two  spaces ", "caf\u00e9 \U0001f603\n", f"a{special}b", special, "x" * 5000):
+            assert made.encode(text) == made.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def test_special_tokens_are_left_out_of_text(tokenizer: ChatTokenizer) -> None:
