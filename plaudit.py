@@ -657,8 +657,11 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="as in `plaudit keys l
     from server.auth import Keyring
 
     with plain_errors():
-        if not Keyring(load_settings(data_dir=data_dir).data_dir).revoke(key_id):
+        ring = Keyring(load_settings(data_dir=data_dir).data_dir)
+        if not ring.revoke(key_id):
             fail(f"there is no key {key_id}; `plaudit keys list` shows them")
+        if not len(ring):
+            Console(stderr=True).print("No key is left: whoever can reach the server on this machine is an operator again, without one; a public server lets nobody in.")
 
 
 @app.command()

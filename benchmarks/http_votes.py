@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="plaudit-bench-") as scratch:
         data_dir = Path(scratch)
         with Store.open(data_dir) as store:
-            store.set_control(paused=True)
+            store.steer("pause")
             hashed = VoterHash(data_dir)
             fill(store, 0, votes * (turns + 1), [hashed(voter) for voter in voters], voted=False)
         fsync_ms = 1000 * fsync_seconds(data_dir)

@@ -30,7 +30,6 @@ from server.deployment import Slots, UnknownModel
 from server.errors import ApiError, as_api_error, error_body
 from server.runtime import Runtime
 from server.schema import ChatRequest
-from store.errors import NotFound
 from store.records import Completion, NewComparison
 
 log = structlog.get_logger("plaudit")
@@ -60,7 +59,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, who: User)
 class Chat:
     """One admitted request."""
 
-    def __init__(self, runtime: Runtime, body: ChatRequest, who: Identity, slots: Slots, prompt_ids: list[int], plan: Plan) -> None:
+    def __init__(
+        self, runtime: Runtime, body: ChatRequest, who: Identity, slots: Slots, prompt_ids: list[int], plan: Plan, conversation_id: str
+    ) -> None:  # fmt: skip
         self.runtime, self.body, self.who, self.slots, self.prompt_ids = runtime, body, who, slots, prompt_ids
         self.n, self.plan = body.n or 1, plan
         self.shown = tuple(range(self.n))  # which of the sequences, in the order shown
@@ -68,7 +69,7 @@ class Chat:
         self.created = time.time()
         self.deadline = asyncio.get_running_loop().time() + runtime.settings.request_timeout_s
         self.comparison_id = "cmp_" + secrets.token_hex(12)
-        self.conversation_id = (body.metadata or {}).get("conversation_id") or "conv_" + secrets.token_hex(12)
+        self.conversation_id = conversation_id
         # Blind until the vote: a name would say which reply is whose.
         self.model = f"plaudit@{slots.versions[0]}" if self.n == 1 else "plaudit"
         own = runtime.sampling
@@ -84,6 +85,17 @@ class Chat:
     @classmethod
     async def admit(cls, runtime: Runtime, body: ChatRequest, who: Identity) -> Chat:
         """Check what only the server can know, and queue the replies. Raises ApiError."""
+        conversation_id = (body.metadata or {}).get("conversation_id") or "conv_" + secrets.token_hex(12)
+        runtime.erasures.chat_begins(conversation_id)
+        try:
+            return await cls._admit(runtime, body, who, conversation_id)
+        except BaseException:
+            runtime.erasures.chat_over(conversation_id)
+            raise
+
+    @classmethod
+    async def _admit(cls, runtime: Runtime, body: ChatRequest, who: Identity, conversation_id: str) -> Chat:
+        """`admit`, of a conversation whose erasure is looked out for."""
         if runtime.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=5)
         await _own_conversation(runtime, body, who)
@@ -94,6 +106,8 @@ class Chat:
             prompt_ids = await asyncio.to_thread(runtime.tokenizer.render, [m.plain() for m in body.messages])
         except ValueError as refused:
             raise ApiError(400, str(refused), param="messages") from refused
+        if not prompt_ids:
+            raise ApiError(400, "the model's chat template makes nothing of this conversation: add a message of the user's", param="messages")
         room = runtime.max_context - len(prompt_ids)
         if room < 1:
             raise ApiError(400, f"the conversation has {len(prompt_ids)} tokens; this model takes {runtime.max_context}, "
@@ -104,7 +118,7 @@ class Chat:
             slots = await runtime.deployment.take(body.model, plan.sampled, seed, mix=plan.heads is None)
         except UnknownModel as unknown:
             raise ApiError(404, str(unknown), param="model", code="model_not_found") from unknown
-        chat = cls(runtime, body, who, slots, prompt_ids, plan)
+        chat = cls(runtime, body, who, slots, prompt_ids, plan, conversation_id)
         params = [
             SamplingParams(
                 temperature=chat.sampling.temperature,
@@ -139,6 +153,7 @@ class Chat:
             self.runtime.metrics.cancelled.inc()
         self.runtime.bridge.cancel(self.stream)
         self.runtime.deployment.give_back(self.slots)
+        self.runtime.erasures.chat_over(self.conversation_id)
 
     async def pieces(self) -> list[Piece]:
         """What the last steps added. Raises 504 at the deadline, 503 when the engine failed."""
@@ -253,6 +268,8 @@ class Chat:
                     yield b"".join(out)
         except Exception as error:
             shown = as_api_error(error)
+            self.runtime.metrics.broken_streams.labels(shown.code).inc()
+            log.warning("stream_broke_off", status=shown.status_code, code=shown.code)
             yield _event(error_body(shown.status_code, str(shown.detail), shown.param, shown.code))
 
     async def record(self) -> None:
@@ -272,11 +289,7 @@ class Chat:
             messages=tuple(self.messages), settings=settings, completions=completions,
             continues="conversation_id" in (self.body.metadata or {}),
         )
-        try:
-            await self.runtime.db(self.runtime.store.record_comparison, new)
-        except NotFound:  # erased meanwhile: what the engine has read of it since goes too
-            await self.runtime.bridge.call(lambda engine: engine.forget())
-            raise
+        await self.runtime.db(self.runtime.store.record_comparison, new)
         metrics = self.runtime.metrics
         metrics.prompt_tokens.inc(len(self.prompt_ids))
         for completion in completions:
@@ -383,6 +396,5 @@ async def _own_conversation(runtime: Runtime, body: ChatRequest, who: Identity) 
     conversation_id = (body.metadata or {}).get("conversation_id")
     if conversation_id is None:
         return
-    conversation = await runtime.db(runtime.store.conversation, conversation_id)
-    if conversation is None or conversation.voter != who.voter:
+    if await runtime.db(runtime.store.owner, conversation_id) != who.voter:
         raise ApiError(404, "there is no such conversation of yours", param="metadata.conversation_id")

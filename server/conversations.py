@@ -87,7 +87,7 @@ async def delete_conversation(conversation_id: str, request: Request, who: User)
     runtime = runtime_of(request)
     conversation = await _theirs(runtime, conversation_id, who)
     report = await runtime.db(runtime.store.erase_conversation, conversation_id, who.actor)
-    await runtime.bridge.call(lambda engine: engine.forget())  # the words are in what it has read, too
+    await runtime.erasures.erased(conversation_id)
     for comparison in conversation.comparisons:
         runtime.deployment.scoreboard.drop(comparison.id)
     return {"conversation_id": conversation_id, "erased": True, **report}

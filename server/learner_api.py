@@ -78,12 +78,7 @@ async def steer(action: str, request: Request, who: Operator) -> dict[str, Any]:
     runtime = runtime_of(request)
     if action not in ("run", "pause", "resume"):
         raise ApiError(404, "the learner can be told run, pause and resume")
-    control = await runtime.db(runtime.store.control)
-    if action == "run":
-        await runtime.db(runtime.store.set_control, run_requested=control.run_requested + 1)
-    else:
-        await runtime.db(runtime.store.set_control, paused=action == "pause")
-    await runtime.db(runtime.store.audit, who.actor, f"learner {action}", {})
+    await runtime.db(runtime.store.steer, action, who.actor)
     return await learner_view(runtime)
 
 

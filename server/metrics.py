@@ -30,6 +30,7 @@ class Metrics:
         self.tokens = Counter("plaudit_tokens", "Tokens of finished replies", **kept)
         self.prompt_tokens = Counter("plaudit_prompt_tokens", "Tokens of answered prompts", **kept)
         self.cancelled = Counter("plaudit_cancelled_requests", "Chat requests whose client left", **kept)
+        self.broken_streams = Counter("plaudit_broken_streams", "Streams that ended with an error, after their 200", ["code"], **kept)
         self.votes = Counter("plaudit_votes", "Votes by kind", ["kind"], **kept)
         self.swaps = Counter("plaudit_swaps", "Changes of the live version", ["action"], **kept)
         self.refused = Counter("plaudit_refused_adapters", "Adapters that failed verification", **kept)
@@ -65,6 +66,9 @@ class Observe:
 
         try:
             await self.app(scope, receive, watch)
+        except Exception:  # which becomes a 500 further out
+            status = status or 500
+            raise
         finally:
             took_s = time.perf_counter() - began
             # Only our own templates become labels: arbitrary paths would let a client grow the registry.

@@ -29,6 +29,7 @@ from server.bridge import EngineBridge
 from server.candidates import Candidates
 from server.cores import Cores
 from server.deployment import BASE, Deployment
+from server.erasures import Erasures
 from server.errors import StartupError
 from server.keylog import KeyLog
 from server.metrics import Metrics
@@ -65,6 +66,7 @@ class Runtime:
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self.ballots = Ballots(store, self.db)
         self.keylog = KeyLog(keyring, store, self.db)
+        self.erasures = Erasures(self.bridge)
         self.deployment = Deployment(
             settings, store, self.registry, self.rounds, self.bridge, self.metrics, self.db,
             base_digest=model.digest, dtype=str(model.dtype).removeprefix("torch."),

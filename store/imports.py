@@ -36,4 +36,5 @@ def import_preferences(store: Store, file: str | Path, *, hash_voter: Callable[[
             store._insert_vote(db, Ballot(comparison_id, voter, [[first], [1 - first]], "favourite"), now)
             if progress is not None and (done % 50 == 0 or done == len(rows)):
                 progress(done, len(rows))
+        store._audit(db, "import", "import", {"votes": len(rows)})
     return len(rows)

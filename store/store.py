@@ -250,6 +250,12 @@ class Store:
                 f"{whose} order by c.updated desc, c.rowid desc limit ?", [*args, limit])
             return [ConversationRow(*row) for row in rows]
 
+    def owner(self, conversation_id: str) -> str | None:
+        """The voter whose conversation it is; None when there is none."""
+        with self._read() as db:
+            row = db.execute("select voter from conversations where id = ?", [conversation_id]).fetchone()
+            return row[0] if row else None
+
     def conversation(self, conversation_id: str) -> Conversation | None:
         """One conversation with its tree and comparisons."""
         with self._read() as db:
@@ -511,11 +517,12 @@ class Store:
             paused, run_requested = db.execute("select paused, run_requested from control").fetchone()
             return Control(bool(paused), run_requested)
 
-    def set_control(self, *, paused: bool | None = None, run_requested: int | None = None) -> None:
-        """Tell the learner; what is None stays."""
+    def steer(self, action: str, actor: str = "store") -> None:
+        """Tell the learner to run once more, pause or resume, and write it into the audit log: both or neither."""
+        change = {"run": "run_requested = run_requested + 1", "pause": "paused = 1", "resume": "paused = 0"}[action]
         with self._write() as db:
-            db.execute("update control set paused = coalesce(?, paused), run_requested = coalesce(?, run_requested)",
-                       [None if paused is None else int(paused), run_requested])
+            db.execute(f"update control set {change}")
+            self._audit(db, actor, f"learner {action}", {})
 
     # --- audit
 

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 import plaudit
 from learner.simulate import Client, SimulateError
 from learner.worker import parser
-from server.auth import VoterHash
+from server.auth import Keyring, VoterHash
 from server.deployment import Deployment
 from server.settings import Settings
 from store import AdapterRegistry, Store, StoreError
@@ -328,8 +328,10 @@ def test_keys_are_shown_once_listed_without_their_secret_and_revoked(tmp_path: P
     assert "zoe [home] [/b]" in listed  # as it is, not as markup
     assert key.startswith("plaudit-") and "ann" in listed and key not in listed
     assert key not in (tmp_path / "keys.json").read_text()
-    assert run("keys", "revoke", key.split("-")[1], *data).exit_code == 0
-    assert "ann" not in run("keys", "list", *data).output
+    gone = run("keys", "revoke", key.split("-")[1], *data)
+    assert gone.exit_code == 0 and not gone.stderr and "ann" not in run("keys", "list", *data).output
+    ben, zoe = [row.id for row in Keyring(tmp_path).list()]
+    assert not run("keys", "revoke", ben, *data).stderr and "No key is left" in run("keys", "revoke", zoe, *data).stderr
 
 
 def test_doctor_finds_a_corrupt_adapter(tmp_path: Path) -> None:

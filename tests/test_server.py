@@ -416,6 +416,56 @@ def test_a_conversation_erased_while_a_reply_is_written_stays_erased(tiny_llama:
         assert running.runtime.store.counts()["comparisons"] == 0
 
 
+def test_what_is_read_after_its_conversation_was_erased_goes_when_the_chat_is_over(tiny_llama: Path, tmp_path: Path) -> None:
+    with served(settings_for(tmp_path, tiny_llama, max_sequences=1)) as running, running.client() as c:
+        conversation = ask(c, 1)["plaudit"]["conversation_id"]
+        running.slow(0.02)
+        first = {"messages": HELLO, "n": 1, "max_tokens": 40, "stop": ["\u0000"], "stream": True}
+        later = {**first, "messages": [{"role": "user", "content": "A secret of mine."}], "metadata": {"conversation_id": conversation}}
+        with c.stream("POST", "/v1/chat/completions", json=first) as before:
+            lines = before.iter_lines()
+            next(lines)
+            with ThreadPoolExecutor(1) as other:
+                waiting = other.submit(leave_when_read, running, c, later)  # in the queue behind the first
+                running.until(lambda: running.runtime.bridge._engine.scheduler.queued == 1)
+                assert c.delete(f"/v1/conversations/{conversation}").status_code == 200
+                list(lines)
+                waiting.result(60)
+        running.until(lambda: running.runtime.running_chats == 0)
+        running.until(lambda: not running.runtime.erasures._tasks and not running.runtime.erasures._open)
+        assert server_stats(running)["kept_bytes"] == 0
+
+
+def leave_when_read(running: Served, client: httpx.Client, body: dict[str, Any]) -> None:
+    """A stream of the body, left once its prompt was read."""
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        running.until(lambda: "A secret" in str(running.runtime.bridge._engine.scheduler.running) or running.runtime.bridge._engine.scheduler.queued == 0)
+        next(answer.iter_lines())
+
+
+def test_a_failure_after_the_first_words_is_counted_and_logged_and_so_is_one_nobody_foresaw(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        def full(new: object) -> None:
+            raise DiskFull("no room")
+
+        monkeypatch.setattr(running.runtime.store, "record_comparison", full)
+        said = c.post("/v1/chat/completions", json={"messages": HELLO, "n": 1, "max_tokens": 4, "stream": True})
+        assert said.status_code == 200 and "disk_full" in said.text
+        monkeypatch.setattr(running.runtime.deployment, "servable", lambda: 1 / 0)
+        assert c.get("/v1/models").status_code == 500
+        metrics = c.get("/metrics").text
+        assert 'plaudit_broken_streams_total{code="disk_full"} 1.0' in metrics
+        assert 'route="/v1/models",status="500"' in metrics and 'status="499"' not in metrics
+
+
+def test_a_template_that_makes_nothing_of_a_conversation_is_a_400(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        monkeypatch.setattr(running.runtime.tokenizer, "render", lambda messages: [])
+        assert error_of(chat(c), 400)["param"] == "messages"
+
+
 def test_methods_that_are_none_share_one_label(server: Served, client: httpx.Client) -> None:
     for method in ("BREW", "WHEN"):
         client.request(method, "/v1/status")

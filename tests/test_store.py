@@ -173,7 +173,7 @@ def test_what_is_committed_stands_where_the_log_cannot_be_emptied(store: Store, 
     assert store.erase_conversation("conv_1")["votes"] == 1
     assert real("pragma busy_timeout").fetchone()[0] > 1000
     monkeypatch.undo()
-    store.set_control(paused=True)
+    store.steer("pause")
     assert b"xyzzy" not in on_disk(store)
 
 
@@ -186,7 +186,7 @@ def test_what_a_reader_keeps_from_being_erased_goes_with_the_next_write(store: S
         store.erase_conversation("conv_1")
         assert b"xyzzy" in on_disk(store)
         reader.db.execute("rollback")
-    store.set_control(paused=True)
+    store.steer("pause")
     assert b"xyzzy" not in on_disk(store)
 
 
@@ -333,6 +333,21 @@ def test_deployments_move_statuses_with_them(store: Store) -> None:
         store.set_status("v000009", "retired")
 
 
+def test_what_the_learner_is_told_is_written_down_with_it_or_neither_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for action in ("run", "pause", "run", "resume", "pause"):
+        store.steer(action, "ann")
+    assert (store.control().run_requested, store.control().paused) == (2, True)
+    assert [(row["actor"], row["action"]) for row in store.audit_log()] == [("ann", f"learner {a}") for a in ("run", "pause", "run", "resume", "pause")]
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(store, "_audit", full)
+    with pytest.raises(DiskFull):
+        store.steer("resume", "ann")
+    assert store.control().paused and len(store.audit_log()) == 5
+
+
 def test_the_audit_log_is_append_only_and_shows_tampering(store: Store) -> None:
     store.audit("ann", "promote", {"version": "v000001"})
     store.audit("ann", "rollback", {})
@@ -424,7 +439,7 @@ def test_a_reader_sees_commits_while_the_writer_goes_on_and_cannot_write(store: 
         thread.join()
         assert seen == sorted(seen) and len(reader.voted_comparisons()) == 20
         with pytest.raises(StoreError, match="cannot open"):
-            reader.set_control(paused=True)
+            reader.steer("pause")
 
 
 def test_read_only_before_any_server_says_so(tmp_path: Path) -> None:

@@ -431,6 +431,29 @@ def test_what_a_forgotten_page_cannot_know_is_said_and_nothing_is_lost(monkeypat
     asyncio.run(run())
 
 
+def test_a_pick_that_the_page_hands_over_after_the_next_message_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio takes a click and a message that wait together in any order."""
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Info", told.append)
+    monkeypatch.setattr(gr, "Warning", told.append)
+
+    async def run() -> None:
+        fake = Fake()
+        page, chat = ChatHandlers(client_of(fake.app())), Chat()
+        await said(page, chat, "Hi")
+        shown = chat.comparison_id
+        writing = page.typed("And?", 2, "", chat, {}, at())
+        await anext(writing)
+        assert chat.phase == "streaming"
+        for click in ({"act": "pick", "index": "1"}, {"act": "edit", "index": "0"}, {"act": "undo"}, {"act": "pick", "index": "0", "at": -1.0}):
+            answer = await page.act("", chat, {}, at(), event(comparison=shown, **click))
+            assert answer[:5] == (gr.skip(),) * 5 and chat.phase == "streaming"
+        assert [update async for update in writing] and chat.phase == "choosing"
+        assert fake.votes == [{"comparison": shown, "favourite": 1}] and len(told) == 1 and "Your pick is saved" in told[0]
+
+    asyncio.run(run())
+
+
 def test_replies_that_are_no_longer_the_newest_are_not_voted_on_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     warned: list[str] = []
     monkeypatch.setattr(gr, "Warning", warned.append)

@@ -148,9 +148,9 @@ def test_it_waits_for_votes_runs_a_round_and_does_not_run_hot(tmp_path: Path, ti
             vote_on(store, tokenizer, 4, first=12)
             time.sleep(1.0)
             assert files.all() == [1]
-            store.set_control(paused=True)
+            store.steer("pause")
             until(lambda: state_of(files) == "paused", child, log)
-            store.set_control(run_requested=1)  # an operator's wish counts also while paused
+            store.steer("run")  # an operator's wish counts also while paused
             until(lambda: files.finished() == [1, 2], child, log)
             assert files.read(2)["votes"] == 16 and files.read(2)["run_requested"] == 1
             time.sleep(1.0)

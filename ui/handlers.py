@@ -170,6 +170,9 @@ class ChatHandlers:
         data, who = event._data, visitor_of(identity, request, chat)
         chat = await self.found_again(chat, who, data.get("conversation"))
         act, index = data.get("act"), _index(data, chat)
+        at = clicked if isinstance(clicked := data.get("at"), int | float) else math.inf
+        if chat.phase == "streaming" and data.get("comparison") not in (None, chat.comparison_id) and at >= chat.cast_at:
+            await self.late(who, str(data["comparison"]), _choice(act, index))
         if chat.phase not in ("empty", "choosing", "voted"):
             return (*(gr.skip(),) * 5, chat)
         if chat.comparison_id is None or chat.comparison_id != data.get("comparison"):
@@ -177,14 +180,24 @@ class ChatHandlers:
             return (*(gr.skip(),) * 5, chat)
         if act == "edit":
             return _open_editor(chat, index, draft)
-        at = clicked if isinstance(clicked := data.get("at"), int | float) else math.inf
         if at < chat.cast_at:  # Gradio hands over quick clicks in any order; the last one counts
             return (*(gr.skip(),) * 5, chat)
         chat.cast_at = at if at < math.inf else chat.cast_at
         if act == "undo":
             return await self.undo(chat, who)
-        choice = index if act == "pick" else act if act in ("tie", "none") else None
+        choice = _choice(act, index)
         return (*(gr.skip(),) * 5, chat) if choice is None else await self.cast(chat, who, choice, None, again=False)
+
+    async def late(self, who: Visitor, comparison_id: str, choice: Any) -> None:
+        """A pick that reaches us after the message that was sent behind it counts: Gradio hands over quick events in any order."""
+        if choice is None:
+            return
+        try:
+            await self.client.vote(who, comparison_id, ballot(choice, None))
+        except Problem as problem:
+            gr.Warning(f"Your pick is not saved. {problem}")
+        else:
+            gr.Info("Your pick is saved. Your next message was taken in before it, so the conversation goes on as it was.")
 
     async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None, *, again: bool = True) -> tuple[Any, ...]:
         """Send the vote; the page says it is saved only after the server has said so, if it still shows what was voted on.
@@ -353,6 +366,11 @@ def _index(data: dict[str, Any], chat: Chat) -> int | None:
     except (KeyError, TypeError, ValueError):
         return None
     return index if 0 <= index < len(chat.replies) else None
+
+
+def _choice(act: Any, index: int | None) -> Any:
+    """What a click says: the reply picked, "tie", "none", or None for anything else."""
+    return index if act == "pick" else act if act in ("tie", "none") else None
 
 
 def _saved(choice: Any, edit: str | None) -> str:
