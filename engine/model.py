@@ -47,7 +47,8 @@ class CausalModel(nn.Module):
             from engine.general import General  # transformers' modelling code loads only where it is needed
 
             self.net = General(config, directory, dtype, device, self.lora)
-        self.packs: bool = getattr(self.net, "takes_positions", True)  # whether it goes by the positions it is given: so replies can share a prompt's row
+        by_column = "local" in (getattr(text, "attention_layers", None) or ())  # GPT-Neo's window is counted in columns, whatever their positions
+        self.packs: bool = getattr(self.net, "takes_positions", True) and not by_column  # whether it goes by the positions it is given: so replies can share a prompt's row
         self.hidden_size: int = self.net.width  # of a hidden state
         self.vocab_size: int = text.vocab_size
         self.max_context = context_limit(text)

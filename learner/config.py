@@ -28,7 +28,7 @@ def _need(ok: bool, message: str) -> None:
 def _numbers(section: Any, prefix: str) -> None:
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
-        _need(not isinstance(value, float) or not math.isnan(value), f"{prefix}{f.name} must be a number")
+        _need(not isinstance(value, float) or math.isfinite(value), f"{prefix}{f.name} must be a number, and a finite one: a round's record keeps it")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from store.adapters import AdapterRegistry, Manifest
 START, NEW = "sft-start", "sft-new"  # adapters of `publish_finetuned`
 PROBE = "Hello! Who are you, and what can you do for me?"
 Progress = Callable[[float, str], None]
-CHUNK_TOKENS = 4096  # padded tokens of a held-out batch
+CHUNK_TOKENS = 1024  # padded tokens of a held-out batch: each comes with logits over a whole vocabulary
 
 
 class AdapterModule(nn.Module):

@@ -187,10 +187,10 @@ def train_ppo(
             raise PPOError("the KL divergence from the reference is not a finite number")
         return replace(batch, features=features), parts
 
-    def read_by_reference(batch: Trajectories) -> tuple[Trajectories, tuple[Tensor, ...]]:
-        """Any replies, perhaps with what the base makes of them, and what `fitted` sees there."""
+    def read_by_reference(batch: Trajectories, *, value: bool = True) -> tuple[Trajectories, tuple[Tensor, ...]]:
+        """Any replies, perhaps with what the base makes of them, and what `fitted` sees there. value: whether that is wanted."""
         features = blank(batch)
-        if fitted is None and features is None:
+        if features is None and not (value and fitted is not None):
             return batch, ()
         with torch.no_grad():
             seen = over(model, batch, range(len(batch)), config, lambda r: look(batch, r, rollout.reply_hidden(model, batch, r, reference, whole=True), features))
@@ -210,7 +210,7 @@ def train_ppo(
             model.lora.delete(policy)
             begin(model, policy, reference, config, seed)
             start = reference
-    begun = None if start == reference else read_by_reference(sample(policy, asked, 0))[0]
+    begun = None if start == reference else read_by_reference(sample(policy, asked, 0), value=False)[0]
     scorer = Scorer(reward, unit, begun)
     judge = None if judges is None else Scorer(judges, unit, begun)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None

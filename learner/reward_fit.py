@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from engine.features import COUNTS
 from engine.model import CausalModel
+from learner.batching import chunks, pass_tokens
 from learner.config import RewardConfig
 from learner.data import RankedExample, Split, split_folds
 from learner.heads import HeldOut, knows_level, linear_probe, ridges
 from learner.losses import outside_option, preference_loss
+from learner.packing import LONG
 from learner.reliability import Voter, weigh_voters, weighted
 from learner.reward import RewardDiverged, RewardModel, read
 
@@ -77,15 +79,25 @@ class Fit:
             done = (number + i / len(batches)) / config.epochs
             for group, peak in zip(self.optimizer.param_groups, self.peak, strict=True):
                 group["lr"] = peak * max(0.1, 1 - done)
-            loss = self._loss(batch)
-            if not math.isfinite(loss.item()):
-                raise RewardDiverged("the reward model's loss is not a finite number")
             self.optimizer.zero_grad()
-            loss.backward()
+            for part in self._parts(batch):
+                loss = self._loss(part) * (len(part) / len(batch))
+                if not math.isfinite(loss.item()):
+                    raise RewardDiverged("the reward model's loss is not a finite number")
+                loss.backward()
+                total += loss.item() / len(batches)
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            total += loss.item() / len(batches)
         return total
+
+    def _parts(self, batch: Sequence[int]) -> list[list[int]]:
+        """The batch in passes of about as many tokens as PPO's: their gradients add up, and memory does not grow with the batch."""
+        model, widths = self.reward.model, list[int]()
+        for example in (self.examples[i] for i in batch):
+            apart = min(len(example.prompt_ids) + max(map(len, example.completions_ids)), self.reward.limit) * len(example.completions_ids)
+            together = len(example.prompt_ids) + sum(map(len, example.completions_ids))
+            widths.append(min(apart, together) if model.packs else apart)
+        return [[batch[k] for k in part] for part in chunks(widths, LONG * pass_tokens(model.device))]
 
     def _batches(self) -> list[list[int]]:
         """Random batches of at most `pass_examples` examples, like lengths together so that little is padding."""

@@ -7,6 +7,7 @@ round runs (`worker.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -48,12 +49,13 @@ from learner.reward_fit import Known, cross_validate, fit_members
 from learner.sft import SFTError
 from learner.versions import load_version, open_model, shrink
 from store.adapters import AdapterRegistry
-from store.errors import CorruptAdapter, NotFound
+from store.errors import CorruptAdapter, NotFound, StoreError
 from store.files import read_json, write_json
 from store.rounds import RoundFiles
 
 log = structlog.get_logger("plaudit.learner")
 POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
+FOREVER = 1e9  # seconds
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
@@ -111,7 +113,8 @@ class Learner:
         def shown(stage: str, fraction: float, message: str) -> None:
             low, high = SHARES[stage]
             overall = low + (high - low) * min(max(fraction, 0.0), 1.0)
-            self.files.progress(n, stage=stage, fraction=round(overall, 3), message=message)
+            with contextlib.suppress(OSError, StoreError):  # a full disk: the next one may find room
+                self.files.progress(n, stage=stage, fraction=round(overall, 3), message=message)
             report(stage, overall, message)
 
         try:
@@ -374,7 +377,7 @@ def replay_round(data_dir: Path, source: str | Path, n: int) -> dict[str, Any]:
     config = LearnerConfig.from_dict(old["config"])
     schedule = [row["done"] for row in (old.get("ppo") or {}).get("history", ())]
     if finetuning := old.get("kind") == "sft":
-        config = replace(config, sft=replace(config.sft, max_seconds=math.inf, max_steps=(old.get("sft") or {}).get("steps", 0)))
+        config = replace(config, sft=replace(config.sft, max_seconds=FOREVER, max_steps=(old.get("sft") or {}).get("steps", 0)))
     with Store.open(data_dir, read_only=True) as store:
         by_id = {str(item.vote.id): item for item in store.voted_comparisons()}
     votes = [*old["vote_ids"], *old.get("beside", ())]

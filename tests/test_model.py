@@ -297,6 +297,7 @@ def test_the_context_ends_where_rows_would_no_longer_be_alone_with_their_positio
     phi = AutoConfig.for_model("phi3", intermediate_size=96, num_attention_heads=4, original_max_position_embeddings=64, rope_parameters=factors, **common)
     neo = AutoConfig.for_model("gpt_neo", num_layers=2, num_heads=4, intermediate_size=96, window_size=16, attention_types=[[["global", "local"], 1]], vocab_size=512, hidden_size=64, max_position_embeddings=256)
     assert context_limit(phi) == 64 and context_limit(neo) == 16
+    assert not CausalModel.load(save_random(tmp_path / "local", neo)).packs  # nor may replies share a prompt's row there
     neo.attention_layers = ["global", "global"]
     assert context_limit(neo) == 256
 

@@ -101,6 +101,29 @@ def test_training_takes_the_packed_rows_and_learns_the_same(tiny_llama: Path, mo
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_a_step_is_taken_in_parts_that_fit_and_learns_the_same(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from learner import reward_fit
+    from learner.reward_fit import Fit, base_features
+
+    examples = [
+        RankedExample(prompt, replies, ((0,), tuple(range(1, len(replies)))), "ann", str(i), str(i), str(i), str(i), i)
+        for i, (prompt, replies) in enumerate(groups(0) + groups(1))
+    ]
+    learned, losses = [], []
+    for tokens in (10**6, 1):
+        monkeypatch.setattr(reward_fit, "pass_tokens", lambda _, tokens=tokens: tokens)
+        base = CausalModel.load(tiny_llama)
+        reward = RewardModel.create(base, RewardConfig(batch=4), 1)
+        fit = Fit(reward, 0, examples, base_features(reward, examples), 0.1, 0)
+        read, own = [], reward.rows_of
+        monkeypatch.setattr(reward, "rows_of", lambda batch, own=own, read=read: read.append(len(batch)) or own(batch))
+        losses.append(fit.epoch(0))
+        learned.append([p.detach().clone() for p in fit.parameters])
+        assert sum(read) == len(examples) and (set(read) == {1}) == (tokens == 1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(torch.allclose(x, y, atol=2e-4) for x, y in zip(*learned, strict=True))
+
+
 def test_a_prompt_with_its_replies_makes_no_pass_of_any_length() -> None:
     prompts, replies = [(1,) * 400] * 8, [(2,) * 160] * 8
     found = passes(prompts, replies, range(8), 256, Shape())

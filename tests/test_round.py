@@ -26,7 +26,7 @@ from learner.practice import choose_prompts, held_out_side
 from learner.prompts import PromptsError
 from learner.round import Learner, RoundStopped, close_unfinished, replay_round, train_reward
 from store.adapters import AdapterRegistry
-from store.errors import CorruptAdapter
+from store.errors import CorruptAdapter, DiskFull
 from store.records import Completion, NewComparison
 from store.rounds import RoundFiles
 from store.store import Store
@@ -195,6 +195,20 @@ def test_progress_goes_through_the_three_stages_and_never_back(published: tuple)
     assert stages == ["training_reward", "ppo", "gating"]
     fractions = [fraction for _, fraction, _ in seen]
     assert fractions == sorted(fractions) and fractions[0] >= 0 and fractions[-1] <= 1
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_round(
+    tmp_path: Path, model: CausalModel, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, seen = learner_on(tmp_path, model, tokenizer), list[Any]()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise DiskFull("no room")
+
+    monkeypatch.setattr(learner.files, "progress", full)
+    with Store.open(tmp_path) as store:
+        vote_on(store, tokenizer, 24)
+        assert run(learner, store.voted_comparisons(), seen=seen)["state"] == "published" and len(seen) > 10
 
 
 def test_no_words_of_people_are_in_the_record(published: tuple) -> None:

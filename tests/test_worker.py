@@ -116,7 +116,7 @@ def test_the_next_round_waits_until_the_server_has_taken_in_the_last_version(tmp
 def test_settings_are_checked_by_name() -> None:
     assert LearnerConfig().override({"ppo.updates": "3"}).ppo.updates == 3
     for wrong in ({"ppo.nothing": "1"}, {"ppo": "1"}, {"ppo.updates": "many"}, {"round_votes": "0"}, {"nothing.updates": "1"},
-                  {"ppo.lr": "-1"}, {"ppo.lr": "nan"}, {"ppo.clip": "nan"}, {"gate.max_kl": "nan"}, {"reward.max_tokens": "0"}, {"ppo.max_new_tokens": "0"},
+                  {"ppo.lr": "-1"}, {"ppo.lr": "nan"}, {"ppo.clip": "nan"}, {"gate.max_kl": "nan"}, {"gate.max_kl": "inf"}, {"ppo.max_seconds": "inf"}, {"reward.max_tokens": "0"}, {"ppo.max_new_tokens": "0"},
                   {"reward.max_examples": "0"}, {"min_votes": "0"}, {"practice_prompts": "-5"}, {"ppo.lora_r": "0"}, {"take_in_s": "nan"},
                   {"ppo.minibatches": "0"}, {"ppo.patience": "0"}, {"ppo.judge_every": "0"}, {"ppo.kl_horizon": "0"}):  # fmt: skip
         with pytest.raises(ConfigError):
