@@ -41,7 +41,7 @@ format: venv           ## sort imports and apply ruff's safe fixes
 bench: venv $(if $(PLAUDIT_PEERS),,peers)  ## fifteen benchmarks, under 40 minutes; the long ones run by themselves  (ARGS="--only engine")
 	@$(BIN)/python -m benchmarks.suite $(ARGS)
 
-peers: .venv-peers/.done  ## build .venv-peers with TRL, for the benchmarks against it
+peers: .venv-peers/.done  ## build .venv-peers with TRL and llama.cpp, for the benchmarks against them
 
 .venv-peers/.done: benchmarks/peers.txt constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

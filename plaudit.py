@@ -239,7 +239,7 @@ def learn(context: typer.Context) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def starter(context: typer.Context) -> None:
-    """Make the bundled starter model again, from its corpus generator on. `plaudit starter --help` lists its options."""
+    """Train a starter model from its corpus generator on, as the bundled one began; learner/starter/README.md has all its sittings. `plaudit starter --help` lists its options."""
     from learner.starter.recipe import main as recipe
 
     raise SystemExit(recipe(context.args))
@@ -733,7 +733,7 @@ def doctor(data_dir: DataDir = None) -> None:
     row(True, "decoding on the CPU", "in C" if native.library() is not None else "by torch, more slowly: install a C compiler, then `make -B venv`")
     row(True, "sqlite", durability())
     starter_there = (STARTER / "config.json").is_file()
-    row(starter_there, "starter model", STARTER if starter_there else f"missing from {STARTER}: make it with `plaudit starter`")
+    row(starter_there, "starter model", STARTER if starter_there else f"missing from {STARTER}: restore it from the checkout, or make one with `plaudit starter --out {STARTER}`")
     directory = settings.data_dir
     if not directory.exists():
         above = next(path for path in directory.absolute().parents if path.exists())

@@ -46,7 +46,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Replies:
-    """One prompt and what was sampled for it. features: (m, 2D + 1), on the bare base."""
+    """One prompt and what was sampled for it. features: (m, 3D + 6), on the bare base."""
 
     prompt_ids: tuple[int, ...]
     texts: tuple[str, ...]

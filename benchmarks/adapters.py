@@ -5,7 +5,7 @@
 LoRA r=16 on every linear layer. Decode: nine replies at once by the bare base, by one version, and by three versions (three
 each), step by step in turns. Swap: from the files to the first token served, against PEFT's load_adapter + set_adapter +
 delete_adapter on the same files (no token served). Disturbance: the longest time between two tokens of another reply while
-versions come and go between steps. Memory: of the process over 1,000 swaps. Models as in `benchmarks/engine.py`; digests,
+versions come and go between steps. Memory: of the process over 1,000 swaps (M: 200). Models as in `benchmarks/engine.py`; digests,
 which the server checks before it loads a version, are not part of either side. JSON last; exit status 1 when a target is missed.
 """
 

@@ -5,7 +5,7 @@
 Two models: S, the bundled starter (or, where it is absent, a random Llama of about 5M parameters), and M, the shape of
 SmolLM2-135M with random weights. Two loads: one prompt of 256 tokens with K = 4 replies of 64 tokens, and 8 requests
 of 160 to 256 tokens at once. `generate` runs in a process of its own, in which threads wait as its libraries have them (ours sleep). Contestants take turns within every repeat, and a figure is the median over repeats, so a
-noisy machine disturbs all of them alike. Targets: 2x at K = 4, 0.3x the time to the first token.
+noisy machine disturbs all of them alike. Targets: 2x at K = 4, 0.3x the time to the first token, elsewhere no slower than the peer.
 
 Then how far a decode step of 1 and of 4 replies is from what the machine allows, measured here too: bytes of the weights over the speed of
 reading a large array, and multiplications over that of a large matrix product; and what a step of the engine is spent on. JSON on the last

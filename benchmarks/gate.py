@@ -4,7 +4,7 @@
 to tell wrong facts; noise; a learner that optimised the opposite; files that are damaged or another model's. Each meets judges
 that were taught by a taste it might please. It counts as turned away when it is rejected (or, a file, refused) and one of the
 checks that are there for its kind is among the reasons. Good ones are what a round makes of 100 votes: a taste's votes, the
-reward, PPO with the settings as they are. A good one counts when the taste itself, which nobody learned from, likes it
+reward, PPO with the settings as they are but for the clock and the votes' share of the KL target. A good one counts when the taste itself, which nobody learned from, likes it
 better than the live version in more than 55% of pairs on held-out prompts; others are shown and made up for.
 
 What is made is kept in --work, so that a run can be resumed; the gate is asked anew each time. Progress on stdout, JSON last. Exit

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.overoptimisation`. A known gold reward (a taste, less what broken replies cost) labels a few noisy
 votes; proxies are fitted to them: one member alone, and the ensemble with its lower confidence bound. PPO then optimises
-each with hardly any KL price and no ceiling (Gao et al. 2023, "Scaling laws for reward model overoptimization"), and after every few
+each with no KL price (`--kl-coef`) and no ceiling (Gao et al. 2023, "Scaling laws for reward model overoptimization"), and after every few
 updates the policy's replies to held-out prompts are scored by proxy, gold and the held-out members (the judges). Gold
 and proxy are in deviations of the base's replies. Reported: where gold peaked, where the run would have been stopped by
 the judges, by the KL ceiling, and what gold was there. `--plot FILE.png` draws gold and proxy against sqrt(KL). JSON last.

@@ -1,10 +1,11 @@
 """One PPO update, ours and TRL's, on the same shapes: seconds and peak memory.
 
 `make peers`, then `python -m benchmarks.ppo_update [--models S M] [--updates 5]`. 8 rollouts of 64 + 32 tokens, 4 epochs, one
-minibatch, LoRA r=16 on every linear layer, f32, random weights (S: a 5M Llama, M: the shape of SmolLM2-135M). Three
+minibatch, LoRA r=16 on every linear layer, f32, random weights (S: a 5M Llama, M: the shape of SmolLM2-135M). Four
 contestants in processes of their own take turns, update by update: TRL's `PPOTrainer` (8 prompts; LoRA policy; its value and
-reward models are whole models, as it wants them), what we ship, GAE with a value by least squares and three reward members,
-which is held to the targets, and our GAE with a value adapter trained as TRL's value model is, one reward member. Ours answer 2
+reward models are whole models, as it wants them); what we ship, GAE with a value by least squares and three reward members that
+are heads on the base, which is held to the targets; the same where a LoRA pass paid, so that each member reads the base through an
+adapter of its own; and our GAE with a value adapter trained as TRL's value model is, and one such member. Ours answer 2
 prompts with 4 replies each, and read each prompt once for its four. An update is rollouts, scores, reference
 log-probabilities and the epochs. Medians after one update of warm-up; JSON last; exit status 1 when a target is missed.
 """
@@ -25,7 +26,8 @@ from benchmarks.contest import Contestant, ContestError, Finished, Turns, peer_p
 
 TARGETS = {"speed": 2.5, "memory": 0.5}  # ours against TRL: at least so many times as fast, at most this share of its peak
 ROLLOUTS, REPLIES, PROMPT, NEW, EPOCHS, LORA_R = 8, 4, 64, 32, 4, 16
-PEER, SHIPPED, TRAINED = "trl", "ours, gae-ls", "ours, gae"
+PEER, SHIPPED = "trl", "ours, gae-ls"
+OURS = {SHIPPED: "gae-ls", "ours, gae-ls, members with LoRA": "gae-ls+lora", "ours, gae, a member with LoRA": "gae+lora"}
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=5, help="counted updates of each contestant")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true", help="TRL's default, gradient checkpointing: slower, less memory")
-    parser.add_argument("--ours", choices=["gae", "gae-ls"], help=argparse.SUPPRESS)  # the rest: what a contestant is told
+    parser.add_argument("--ours", choices=list(OURS.values()), help=argparse.SUPPRESS)  # the rest: what a contestant is told
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
@@ -66,8 +68,8 @@ def measure(name: str, peer: Path, args: argparse.Namespace) -> dict[str, Any]:
         commands = {
             PEER: [peer, "-m", "benchmarks.peer.ppo_update", directory],
             **{
-                label: [sys.executable, "-m", "benchmarks.ppo_update", "--ours", label.removeprefix("ours, "), "--directory", directory]
-                for label in (SHIPPED, TRAINED)
+                label: [sys.executable, "-m", "benchmarks.ppo_update", "--ours", how, "--directory", directory]
+                for label, how in OURS.items()
             },
         }
         contestants = {
@@ -77,7 +79,7 @@ def measure(name: str, peer: Path, args: argparse.Namespace) -> dict[str, Any]:
 
         def shown(number: int, contestant: Contestant, answer: dict[str, Any]) -> None:
             counted = f"update {number}" if number else "warm-up"
-            print(f"{name} {counted:<9} {contestant.name:<11} {answer['seconds']:8.2f} s {answer['peak_bytes'] / 1e9:6.2f} GB", flush=True)
+            print(f"{name} {counted:<9} {contestant.name:<31} {answer['seconds']:8.2f} s {answer['peak_bytes'] / 1e9:6.2f} GB", flush=True)
 
         round_robin(list(contestants.values()), args.updates + 1, shown)
         return summary(name, {label: (c.median_s(), c.peak_bytes) for label, c in contestants.items()})
@@ -91,15 +93,16 @@ def summary(name: str, figures: dict[str, tuple[float, int]]) -> dict[str, Any]:
         for label, (s, b) in figures.items()
     }
     for label, row in rows.items():
-        print(f"{name} {label:<11} {row['seconds']:8.2f} s an update ({row['speed']:.2f}x as fast), "
+        print(f"{name} {label:<31} {row['seconds']:8.2f} s an update ({row['speed']:.2f}x as fast), "
               f"{row['peak_bytes'] / 1e9:.2f} GB ({row['memory']:.2f}x)", flush=True)  # fmt: skip
     ours = rows[SHIPPED]
     return {"model": name, "met": ours["speed"] >= TARGETS["speed"] and ours["memory"] <= TARGETS["memory"], "contestants": rows}
 
 
-def contend(estimator: str, directory: Path) -> None:
-    """Be one of our contestants: `train_ppo`, an update a turn."""
+def contend(how: str, directory: Path) -> None:
+    """Be one of our contestants, a value of `OURS`: `train_ppo`, an update a turn."""
     turns = Turns()
+    estimator, _, lora = how.partition("+")
     task = json.loads((directory / "task.json").read_text("utf-8"))
 
     import torch
@@ -115,9 +118,10 @@ def contend(estimator: str, directory: Path) -> None:
     reward_config = RewardConfig(members=1) if estimator == "gae" else RewardConfig()
     reward = RewardModel.create(model, reward_config, reward_config.members)
     generator = torch.Generator().manual_seed(0)
-    for member in reward.members:  # as after LoRA training: each member reads the base through its own adapter
-        model.lora.create(member.name, r=reward_config.lora_r, alpha=reward_config.lora_alpha)
-        member.adapter = member.name
+    for member in reward.members:
+        if lora:  # as after LoRA training: each member reads the base through its own adapter
+            model.lora.create(member.name, r=reward_config.lora_r, alpha=reward_config.lora_alpha)
+            member.adapter = member.name
         with torch.no_grad():
             member.head.weight.copy_(torch.randn(member.head.weight.shape, generator=generator))
     config = PPOConfig(

@@ -3,7 +3,7 @@
 `make peers`, then `python -m benchmarks.reward_peers`. Rows of Anthropic's harmlessness votes and of AlpacaEval's go in the
 way `plaudit import` takes them and are split as a round splits them. Each side cross-validates in a process of its own, with
 a part of every fold's training votes and then all of them (the learning curve; smaller parts lie within larger), tested on
-the same votes. Ours is `learner.reward.cross_validate` as shipped, one member a fold; TRL's is one LoRA pass of our rank at
+the same votes. Ours is `learner.reward_fit.cross_validate` as shipped, one member a fold; TRL's is one LoRA pass of our rank at
 each of three learning rates, of which the one with the best held-out accuracy is compared, which favours it. Beside both the
 length-only baseline. Seconds are those of a whole cross-validation, testing included. JSON last; exit status 1 when a
 target is missed.

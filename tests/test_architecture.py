@@ -1,4 +1,4 @@
-"""The import arrows of docs/architecture.md, read from the source itself."""
+"""The import arrows of docs/design.md, read from the source itself."""
 
 from __future__ import annotations
 

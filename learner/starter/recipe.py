@@ -230,7 +230,7 @@ def write_prompts(folder: Path = HERE) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: `python -m learner.starter.recipe --out DIR [--seconds N | --steps N] [--seed N]`."""
-    parser = argparse.ArgumentParser(description="Train the starter model from scratch.")
+    parser = argparse.ArgumentParser(prog="plaudit starter", description="Train a starter model from scratch, train one further (--continue-from), or average several (--average).")
     parser.add_argument("--out", type=Path, default=Path("starter-model"))
     parser.add_argument("--work", type=Path, help="checkpoints (default: OUT.work)")
     parser.add_argument("--seconds", type=float, help="of training (default: 5400, or 600 on a GPU)")
