@@ -173,6 +173,19 @@ class Engine:
         self._mixtures.clear()
         self.forget(name)
 
+    @torch.inference_mode()
+    def spoken(self, version: str, prompt_ids: list[int]) -> dict[str, Any]:
+        """What `probe` says, of every token, by the passes that write replies: a prompt read into a cache, then a step."""
+        device, (*before, last) = self.model.device, prompt_ids
+        cache, mixture = self.model.new_cache(1, len(prompt_ids)), self.model.lora.mixture((version,)) if version != BASE else None
+        if mixture is not None:
+            mixture.choose([0])
+        if before:
+            self.model(onto(device, [before], torch.long), adapter=mixture, cache=Prompt(cache, 0, 0, len(before)))
+        hidden = self.model(onto(device, [[last]], torch.long), adapter=mixture, cache=Rows(cache, [len(before)], first=0))[:, -1]
+        logprobs, ids = self.model.next_logits(hidden)[0].log_softmax(-1).sort(descending=True)
+        return {"prompt_ids": list(prompt_ids), "top_ids": ids.tolist(), "top_logprobs": logprobs.tolist()}
+
     def forget(self, version: str | None = None) -> None:
         """Drop what is kept for reuse: all of it (somebody erased words), or what one version made."""
         if self._prefixes is not None:

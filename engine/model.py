@@ -39,6 +39,7 @@ class CausalModel(nn.Module):
         self.dtype, self.device = dtype, device
         self.lora = LoraBank(name)
         self.packed = False
+        self.int8 = False  # whether passes over a cache are by weights of 8 bits
         self.decode: native.Decode | None = None
         if decoder.fits(config):
             weights = source.read_weights(directory, dtype, device)
@@ -108,6 +109,7 @@ class CausalModel(nn.Module):
         self.packed = True
         if isinstance(self.net, decoder.Decoder):
             self.decode = native.Decode.of(self.net, int8)
+            self.int8 = int8
             self.lora.native, self.lora.mergeable = self.decode is not None, not int8
         if self.decode is None:
             for linear in self.lora.linears:

@@ -16,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine import native
+from engine.lora import Adapter, LoraLinear
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from server.app import create_app
 from server.deployment import assign
 from server.errors import StartupError
+from server.settings import STARTER
 from server.verification import Unfit, probe_gap
 from store.adapters import AdapterRegistry
 from store.errors import DiskFull
@@ -93,6 +96,25 @@ def test_a_probe_that_cannot_be_read_is_unfit(published: dict[str, Any]) -> None
 def test_a_published_token_missing_here_counts_as_a_gap() -> None:
     with pytest.raises(Unfit):
         probe_gap({"top_ids": [5], "top_logprobs": [-0.5]}, {"top_ids": [7, 9], "top_logprobs": [-1.0, -2.0]}, 1e-3)
+
+
+def test_by_8_bits_what_is_hardly_ever_said_may_be_further_off() -> None:
+    published, here = {"top_ids": [7, 9], "top_logprobs": [-0.1, -9.0]}, {"top_ids": [7, 9], "top_logprobs": [-0.2, -7.0]}
+    assert probe_gap(published, here, 0.5, 0.01) == pytest.approx(0.1)
+    with pytest.raises(Unfit):
+        probe_gap(published, here, 0.05, 0.01)
+    with pytest.raises(Unfit):
+        probe_gap(published, here, 0.5)
+    assert probe_gap({"top_ids": [7], "top_logprobs": [-6.0]}, {"top_ids": [7], "top_logprobs": [-6.1]}, 0.5, 0.01) == pytest.approx(0.1)  # the likeliest there is
+    with pytest.raises(Unfit):
+        probe_gap({"top_ids": [7], "top_logprobs": [float("nan")]}, here, 0.5, 0.01)
+
+
+@pytest.mark.skipif(native.library() is None, reason="8 bits need the C of decoding")
+def test_a_server_of_8_bits_takes_in_what_was_published_by_32(tmp_path: Path) -> None:
+    version = publish_random(AdapterRegistry(tmp_path / "adapters"), STARTER, seed=1)
+    with served(settings_for(tmp_path, STARTER, int8=True)) as running, running.client() as c:
+        assert running.runtime.deployment.live == version and 1e-3 < c.get(f"/v1/adapters/{version}").json()["probe_gap_nats"] < 0.5
 
 
 # --- swapping
@@ -197,6 +219,21 @@ def test_a_version_that_is_answering_is_not_unloaded(tiny_llama: Path, tmp_path:
             assert list(filter(None, lines))[-1] == "data: [DONE]"
         running.until(lambda: "v000001" not in engine.versions())
         assert ask(c, 1, model="plaudit@v000001")["model"] == "plaudit@v000001"
+
+
+def test_a_version_that_would_be_spoken_otherwise_than_it_was_published_is_refused(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are right, and the probe's own pass finds them so; the passes that write replies lay adapters out otherwise, and do it wrongly."""
+    version = publish_random(AdapterRegistry(tmp_path / "adapters"), tiny_llama, seed=1)
+    stack = Adapter.stack
+
+    def twice(self: Adapter, linear: LoraLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
+        found = stack(self, linear)
+        return None if found is None else (found[0], 2 * found[1])
+
+    monkeypatch.setattr(Adapter, "stack", twice)
+    with served(settings_for(tmp_path, tiny_llama)) as running, running.client() as c:
+        assert "nats" in c.get("/v1/adapters").json()["refused"][version] and ask(c, 1)["model"] == "plaudit@base"
+        assert running.runtime.bridge._engine.versions() == ["base"]
 
 
 def test_what_is_corrupt_foreign_or_rejected_is_refused_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:

@@ -115,6 +115,17 @@ def test_the_probe_names_the_likeliest_tokens_as_peft_computes_them(tiny_llama: 
     assert got["top_logprobs"] == pytest.approx(want.values.tolist(), abs=1e-4)
 
 
+def test_what_is_spoken_is_what_the_probe_says(tiny_any: Path, make: Callable[..., Engine]) -> None:
+    engine = make(tiny_any)
+    engine.model.lora.create("spoken", r=4)
+    randomise(engine.model, "spoken")
+    for prompt in ([7], *prompts(12, 40)):
+        for version in ("base", "spoken"):
+            told = probe(engine.model, None if version == "base" else version, prompt, engine.model.vocab_size), engine.spoken(version, prompt)
+            said, here = (dict(zip(p["top_ids"], p["top_logprobs"], strict=True)) for p in told)
+            assert len(here) == engine.model.vocab_size and max(abs(said[i] - here[i]) for i in said) < 1e-4
+
+
 # --- together or alone
 
 
