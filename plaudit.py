@@ -268,14 +268,14 @@ def sft(
     import dataclasses
 
     with plain_model_errors():
-        from learner.config import SFTRoundConfig
+        from learner.config import FOREVER, SFTRoundConfig
         from learner.finetune import publish_finetuned
         from learner.formats import read_instructions
         from learner.versions import named_version, open_model
         from store import AdapterRegistry
 
         given = {"passes": passes, "lr": lr, "lora_r": rank, "lora_alpha": None if rank is None else 2 * rank}
-        seconds = float("inf") if minutes is None else 60 * minutes
+        seconds = FOREVER if minutes is None else 60 * minutes
         config = SFTRoundConfig(**{k: v for k, v in given.items() if v is not None}, max_seconds=seconds)
         chats = [item.chat for item in read_instructions(file)]
         settings = load_settings(data_dir=data_dir, model=model)

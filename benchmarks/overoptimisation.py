@@ -32,7 +32,7 @@ from engine.engine import BASE, Engine, SamplingParams
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
-from learner.config import LearnerConfig
+from learner.config import FOREVER, LearnerConfig
 from learner.data import examples_from_votes, split_folds
 from learner.gate import reply_kl
 from learner.kl_control import kl_price, kl_warranted
@@ -91,7 +91,7 @@ def curve(
         print("   " + json.dumps({k: round(v, 3) for k, v in points[-1].items()}), flush=True)
 
     free = replace(
-        config.ppo, updates=args.updates, tokens=10**9, kl_coef=args.kl_coef / kl_price(config.ppo.kl_target), kl_horizon=1e9, kl_ceiling=1e6, broken_penalty=0.0, max_seconds=1e9, patience=10**6,
+        config.ppo, updates=args.updates, tokens=10**9, kl_coef=args.kl_coef / kl_price(config.ppo.kl_target), kl_horizon=1e9, kl_ceiling=1e6, broken_penalty=0.0, max_seconds=FOREVER, patience=10**6,
         uncertainty=config.ppo.uncertainty if len(proxy.members) > 1 else 0.0,
     )  # fmt: skip
     train_ppo(model, tokenizer, proxy, prompts=practice, policy=POLICY, config=free, judges=None, seed=args.seed, on_update=look)

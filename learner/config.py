@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # for its name alone: it would load torch
     from engine.source import Sampling
 
 
+FOREVER = 1e9  # seconds: no limit
+
+
 class ConfigError(ValueError):
     """A setting is out of range or unknown; the message names it and what it accepts."""
 

@@ -26,7 +26,7 @@ from engine.lora import AdapterError
 from engine.model import CausalModel
 from engine.source import first_line
 from engine.tokenizer import ChatTokenizer
-from learner.config import GateConfig, LearnerConfig
+from learner.config import FOREVER, GateConfig, LearnerConfig
 from learner.data import (
     RankedExample,
     data_digest,
@@ -55,7 +55,6 @@ from store.rounds import RoundFiles
 
 log = structlog.get_logger("plaudit.learner")
 POLICY, START, REFERENCE = "policy", "start", "reference"  # adapters of a round
-FOREVER = 1e9  # seconds
 DRAFT = "draft.json"  # the record as it stands just before publishing
 PROBE = "Hello! Who are you, and what can you do for me?"
 SHARES = {"training_reward": (0.0, 0.3), "ppo": (0.3, 0.9), "finetuning": (0.0, 0.9), "gating": (0.9, 1.0)}  # of a round's progress
