@@ -183,8 +183,7 @@ class Engine:
         if before:
             self.model(onto(device, [before], torch.long), adapter=mixture, cache=Prompt(cache, 0, 0, len(before)))
         hidden = self.model(onto(device, [[last]], torch.long), adapter=mixture, cache=Rows(cache, [len(before)], first=0))[:, -1]
-        logprobs, ids = self.model.next_logits(hidden)[0].log_softmax(-1).sort(descending=True)
-        return {"prompt_ids": list(prompt_ids), "top_ids": ids.tolist(), "top_logprobs": logprobs.tolist()}
+        return likeliest(prompt_ids, self.model.next_logits(hidden)[0], self.model.vocab_size)
 
     def forget(self, version: str | None = None) -> None:
         """Drop what is kept for reuse: all of it (somebody erased words), or what one version made."""
@@ -427,5 +426,10 @@ def probe(model: CausalModel, adapter: str | None, prompt_ids: list[int], top: i
     Published with an adapter and compared after loading it: the proof that what is served is what was made.
     """
     hidden = model(torch.tensor([prompt_ids], device=model.device), adapter=adapter)[:, -1]
-    logprobs, ids = model.logits(hidden)[0].log_softmax(-1).topk(min(top, model.vocab_size))
+    return likeliest(prompt_ids, model.logits(hidden)[0], min(top, model.vocab_size))
+
+
+def likeliest(prompt_ids: list[int], logits: Tensor, top: int) -> dict[str, Any]:
+    """A probe's answer: the `top` likeliest tokens by `logits` (V,), and their log-probabilities."""
+    logprobs, ids = logits.log_softmax(-1).topk(top)
     return {"prompt_ids": list(prompt_ids), "top_ids": ids.tolist(), "top_logprobs": logprobs.tolist()}

@@ -18,14 +18,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.engine import BASE, Engine
-from engine.features import feature_count
 from engine.model import CausalModel
 from engine.tokenizer import ChatTokenizer
 from learner import rollout
@@ -42,12 +41,13 @@ from learner.faults import (
 )
 from learner.kl_control import KLController, kl_price
 from learner.losses import kl_k1, masked_mean, masked_var, policy_loss, value_loss
+from learner.reading import Compared, Reading
 from learner.reward import RewardModel
 from learner.rollout import Trajectories
 from learner.scorer import Scorer
 from learner.stopping import Finalists, Judged, Kept
 from learner.text_checks import broken_rate, distinct_n, faults
-from learner.value import VALUE, FittedValue, TrainedValue, prefix_features
+from learner.value import VALUE, FittedValue, TrainedValue
 
 UNIT = 48  # prompts that the reference answers, for what scores are measured in and faults held to: replies to one prompt are alike
 RATIO_LIMIT = 10.0  # mean probability ratio of a minibatch over which the run is dropped, as in TRL (`ratio_threshold`)
@@ -154,69 +154,33 @@ def train_ppo(
         except FloatingPointError as error:
             raise PPOError(str(error)) from error
 
-    def blank(batch: Trajectories) -> Tensor | None:
-        """(B, F) for what the bare base makes of whole replies, if it is the reference, members read it, and all fit as they read them."""
-        bare = reference is None and (reward.reads_base or (judges is not None and judges.reads_base))
-        fits = int(batch.valid.sum(1).max()) <= reward.limit
-        return batch.mask.new_zeros(len(batch), feature_count(model.hidden_size), dtype=torch.float32) if bare and fits else None
-
-    def look(batch: Trajectories, rows: Tensor, hidden: Tensor, features: Tensor | None) -> tuple[Tensor, ...]:
-        """What `fitted` sees before each token, if there is one; the rows' part of `features`, if that is wanted, is filled in.
-
-        hidden: (n, R' + 1, D), the reference's states.
-        """
-        if fitted is None and features is None:
-            return ()
-        found = prefix_features(model, batch, rows, hidden.float())
-        if features is not None:
-            features[rows] = found[torch.arange(len(rows), device=rows.device), batch.lengths[rows]]
-        return () if fitted is None else (fitted.inputs(found[:, :-1]),)
-
-    def against_reference(batch: Trajectories) -> tuple[Trajectories, tuple[Tensor, ...]]:
-        """The policy's replies, perhaps with what the base makes of them, and `rollout.reply_divergence` on them, by the training pass,
-        (B, R) each; last what `fitted` sees there."""
-        features = blank(batch)
-
-        def compute(rows: Tensor) -> tuple[Tensor, ...]:
-            found = rollout.reply_divergence(model, batch, rows, policy, reference, config.temperature, config.nucleus)
-            seen = look(batch, rows, found.ref_hidden, features)
-            return (found.logprobs, found.ref_logprobs, found.entropy, found.kl, found.nucleus, *seen)
-
-        parts = over(model, batch, range(len(batch)), config, compute)
-        if not bool(parts[3].isfinite().all()):
+    def against_reference(batch: Trajectories) -> Compared:
+        found = reading.against(batch, policy)
+        if not bool(found.kl.isfinite().all()):
             raise PPOError("the KL divergence from the reference is not a finite number")
-        return replace(batch, features=features), parts
-
-    def read_by_reference(batch: Trajectories, *, value: bool = True) -> tuple[Trajectories, tuple[Tensor, ...]]:
-        """Any replies, perhaps with what the base makes of them, and what `fitted` sees there. value: whether that is wanted."""
-        features = blank(batch)
-        if features is None and not (value and fitted is not None):
-            return batch, ()
-        with torch.no_grad():
-            seen = over(model, batch, range(len(batch)), config, lambda r: look(batch, r, rollout.reply_hidden(model, batch, r, reference, whole=True), features))
-        return replace(batch, features=features), seen
+        return found
 
     asked = random.Random(f"unit/{seed}").sample(fitting, min(UNIT, len(fitting)))
     fitted = FittedValue(reward) if config.estimator == "gae-ls" else None
-    unit, seen_by_unit = read_by_reference(sample(reference or BASE, asked, 0))
+    reading = Reading(model, reference, config, fitted, reward, *([judges] if judges else []))
+    unit, seen = reading.of(sample(reference or BASE, asked, 0))
     fault_price = FaultPrice(config.broken_penalty, max(broken_share(fault_tokens(unit, tokenizer), len(unit)), 0.5 / len(unit)))
     note = None
     begin(model, policy, start, config, seed)
     if start != reference:
-        _, (_, _, _, divergence, *_) = against_reference(sample(policy, next(draw), 1))
-        far = float(divergence.sum(1).mean())
+        far = float(against_reference(sample(policy, next(draw), 1)).kl.sum(1).mean())
         if far > ceiling:
             note = f"began at the reference: the live version is {far:.1f} nats from it, over the ceiling of {ceiling:.1f}"
             model.lora.delete(policy)
             begin(model, policy, reference, config, seed)
             start = reference
-    begun = None if start == reference else read_by_reference(sample(policy, asked, 0), value=False)[0]
+    begun = None if start == reference else reading.of(sample(policy, asked, 0), value=False)[0]
     scorer = Scorer(reward, unit, begun)
     judge = None if judges is None else Scorer(judges, unit, begun)
     mixed = Mixed(model, tokenizer, demonstrations, unit, config) if config.ptx_coef else None
     value = TrainedValue(model, reward, scorer) if config.estimator == "gae" else None
     if fitted is not None:
-        (seen,) = seen_by_unit
+        assert seen is not None
         came = lower_bound(scorer.unit, config).to(seen.device)
         fitted.fit(fitted.beside(seen, came, unit.group), came[:, None].expand(unit.mask.shape), unit.mask)
     trained = list(model.lora.parameters(policy).values())
@@ -265,8 +229,9 @@ def train_ppo(
             batch = sample(policy, next(draw), update + 2)
 
             # 3. Log-probabilities of what was sampled, under the policy and the reference, by the training pass.
-            batch, (old, ref, entropy, divergence, nucleus, *seen_by) = against_reference(batch)  # (B, R) nats; (B, R, W)
-            kl, kl_reply = kl_k1(old, ref), float(divergence.sum(1).mean())
+            found = against_reference(batch)
+            batch, old = found.batch, found.logprobs
+            kl, kl_reply = kl_k1(old, found.ref_logprobs), float(found.kl.sum(1).mean())
             beta = controller.price(kl_reply)
 
             # 4. Score: lower confidence bound over the members, less what a cut reply costs; a fault costs where it shows.
@@ -275,7 +240,7 @@ def train_ppo(
             broken = fault_rewards(spans, batch.mask, fault_price.price)  # (B, R)
             row: dict[str, Any] = {
                 "update": update, "done": done, "score": float(members.mean()), "disagreement": float(deviation(members).mean()), "reward": float((scores + broken.sum(1)).mean()),
-                "kl": kl_reply, "kl_coef": controller.beta, "kl_price": beta, "fault_price": fault_price.price, "entropy": float(masked_mean(entropy, batch.mask)),
+                "kl": kl_reply, "kl_coef": controller.beta, "kl_price": beta, "fault_price": fault_price.price, "entropy": float(masked_mean(found.entropy, batch.mask)),
                 "length": float(batch.lengths.float().mean()), "cut": float(batch.cut.float().mean()),
                 "broken": broken_rate(zip(batch.texts, batch.finish_reasons, strict=True)), "distinct2": distinct_n(batch.texts, 2),
                 "engine_gap": float((batch.engine_logprobs - old).abs().max()),
@@ -326,14 +291,15 @@ def train_ppo(
                     unit_of = float(masked_var(rewards, batch.mask).sqrt().clamp(min=LEAST_UNIT))
                     rewards = whiten(rewards, batch.mask, shift_mean=False)
                 with torch.no_grad():
-                    (old_values,) = over(model, batch, range(len(batch)), config, lambda r: (value(batch, r),))  # noqa: B023
+                    (old_values,) = rollout.over(model, batch, config.chunk_tokens, lambda r: (value(batch, r),))  # noqa: B023
                 advantages, returns = gae(rewards, old_values, batch.mask, config.gamma, config.lam)
                 row["explained_variance"] = explained(returns, old_values, batch.mask)
             else:  # each token answers for its own KL alone: far less noise than charging every token with all that follows
                 if fitted is not None:
-                    rewards, (seen,) = token_rewards(scores, kl, batch.mask, 0.0) + broken, seen_by
+                    rewards = token_rewards(scores, kl, batch.mask, 0.0) + broken
                     _, total = gae(rewards, torch.zeros_like(rewards), batch.mask, config.gamma, 1.0)  # what came, nothing foreseen
-                    seen = fitted.beside(seen, total[:, 0], batch.group)
+                    assert found.seen is not None
+                    seen = fitted.beside(found.seen, total[:, 0], batch.group)
                     guess = fitted(seen)  # (B, R)
                     better, _ = gae(rewards, guess, batch.mask, config.gamma, config.lam)
                     row["explained_variance"] = explained(total, guess, batch.mask)
@@ -345,7 +311,7 @@ def train_ppo(
             if config.whiten_advantages:
                 unit_of *= float(masked_var(advantages, batch.mask).sqrt().clamp(min=LEAST_UNIT))
                 advantages = whiten(advantages, batch.mask)
-            ends, outside = Endings.of(batch, tokenizer, end_ids, fault_price.price / unit_of), Outside(nucleus, config.outside_penalty * fault_price.price / unit_of)
+            ends, outside = Endings.of(batch, tokenizer, end_ids, fault_price.price / unit_of), Outside(found.nucleus, config.outside_penalty * fault_price.price / unit_of)
 
             # 7. A few passes of clipped updates over minibatches.
             for group, top in zip(optimizer.param_groups, peak, strict=True):
@@ -449,20 +415,6 @@ def learn(
             for name, total in figures.items():
                 totals[name] = totals.get(name, 0.0) + total
     return {name: total / steps for name, total in totals.items()}
-
-
-def over(
-    model: CausalModel, batch: Trajectories, rows: Sequence[int], config: PPOConfig, compute: Callable[[Tensor], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """`compute` on chunks of rows, its (n, R', ...) results put together as (B, R, ...), 0 elsewhere."""
-    whole: list[Tensor] = []
-    for chunk in rollout.passes(model, batch, rows, config.chunk_tokens):
-        for i, part in enumerate(compute(chunk)):
-            if i == len(whole):
-                whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], dtype=part.dtype, device=batch.mask.device))
-            real = batch.mask[chunk, : part.shape[1]]
-            whole[i][chunk, : part.shape[1]] = torch.where(real.view(*real.shape, *[1] * (part.dim() - 2)), part, part.new_zeros(()))
-    return tuple(whole)
 
 
 def prompt_batches(prompts: list[list[int]], count: int, seed: int) -> Iterator[list[list[int]]]:

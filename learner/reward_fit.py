@@ -25,7 +25,7 @@ from learner.config import RewardConfig
 from learner.data import RankedExample, Split, split_folds
 from learner.heads import HeldOut, knows_level, linear_probe, ridges
 from learner.losses import outside_option, preference_loss
-from learner.packing import LONG
+from learner.packing import LONG, worth_packing
 from learner.reliability import Voter, weigh_voters, weighted
 from learner.reward import RewardDiverged, RewardModel, read
 
@@ -92,12 +92,11 @@ class Fit:
 
     def _parts(self, batch: Sequence[int]) -> list[list[int]]:
         """The batch in passes of about as many tokens as PPO's: their gradients add up, and memory does not grow with the batch."""
-        model, widths = self.reward.model, list[int]()
-        for example in (self.examples[i] for i in batch):
-            apart = min(len(example.prompt_ids) + max(map(len, example.completions_ids)), self.reward.limit) * len(example.completions_ids)
-            together = len(example.prompt_ids) + sum(map(len, example.completions_ids))
-            widths.append(min(apart, together) if model.packs else apart)
-        return [[batch[k] for k in part] for part in chunks(widths, LONG * pass_tokens(model.device))]
+        sizes, reward = list[int](), self.reward
+        for prompt, replies in ((self.examples[i].prompt_ids, self.examples[i].completions_ids) for i in batch):
+            packed = worth_packing([(prompt, replies)], reward.model, reward.limit)
+            sizes.append(len(prompt) + sum(map(len, replies)) if packed else len(replies) * min(reward.limit, len(prompt) + max(map(len, replies))))
+        return [[batch[k] for k in part] for part in chunks(sizes, LONG * pass_tokens(reward.model.device))]
 
     def _batches(self) -> list[list[int]]:
         """Random batches of at most `pass_examples` examples, like lengths together so that little is padding."""

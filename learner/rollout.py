@@ -10,7 +10,7 @@ token is (B, R), starting at column 0, padded on the right; `mask` says which en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,6 +142,18 @@ def passes(model: CausalModel, batch: Trajectories, rows: Sequence[int], max_tok
     most = max_tokens or pass_tokens(batch.ids.device)
     found = packing.passes(batch.prompts, batch.completions, sorted(rows), most, model)  # the same rows, the same passes
     return [torch.tensor(part, device=batch.ids.device) for part in found]
+
+
+def over(model: CausalModel, batch: Trajectories, max_tokens: int, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """`compute` on `passes` of all rows, its (n, R', ...) results put together as (B, R, ...), 0 outside the mask."""
+    whole: list[Tensor] = []
+    for chunk in passes(model, batch, range(len(batch)), max_tokens):
+        for i, part in enumerate(compute(chunk)):
+            if i == len(whole):
+                whole.append(torch.zeros(*batch.mask.shape, *part.shape[2:], dtype=part.dtype, device=batch.mask.device))
+            real = batch.mask[chunk, : part.shape[1]]
+            whole[i][chunk, : part.shape[1]] = torch.where(real.view(*real.shape, *[1] * (part.dim() - 2)), part, part.new_zeros(()))
+    return tuple(whole)
 
 
 def reply_hidden(model: CausalModel, batch: Trajectories, rows: Tensor, adapter: str | None, *, whole: bool = False) -> Tensor:

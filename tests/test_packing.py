@@ -124,6 +124,18 @@ def test_a_step_is_taken_in_parts_that_fit_and_learns_the_same(tiny_llama: Path,
     assert all(torch.allclose(x, y, atol=2e-4) for x, y in zip(*learned, strict=True))
 
 
+def test_a_comparison_too_long_to_be_packed_counts_for_what_it_takes_unpacked(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from learner import reward_fit
+    from learner.reward_fit import Fit, base_features
+
+    monkeypatch.setattr(reward_fit, "pass_tokens", lambda _: 25)  # four times as many in a part
+    replies = ((7,) * 20, (8,) * 2, (9,) * 2)
+    examples = [RankedExample((5,) * 20, replies, ((0,), (1, 2)), "ann", str(i), str(i), str(i), str(i), i) for i in range(2)]
+    for limit, parts in ((40, [[0, 1]]), (30, [[0], [1]])):  # 44 columns each, or three rows of 30
+        reward = RewardModel.create(CausalModel.load(tiny_llama), RewardConfig(max_tokens=limit), 1)
+        assert Fit(reward, 0, examples, base_features(reward, examples), 0.1, 0)._parts([0, 1]) == parts
+
+
 def test_a_prompt_with_its_replies_makes_no_pass_of_any_length() -> None:
     prompts, replies = [(1,) * 400] * 8, [(2,) * 160] * 8
     found = passes(prompts, replies, range(8), 256, Shape())

@@ -445,11 +445,12 @@ def test_a_pick_that_the_page_hands_over_after_the_next_message_counts(monkeypat
         writing = page.typed("And?", 2, "", chat, {}, at())
         await anext(writing)
         assert chat.phase == "streaming"
-        for click in ({"act": "pick", "index": "1"}, {"act": "edit", "index": "0"}, {"act": "undo"}, {"act": "pick", "index": "0", "at": -1.0}):
+        for click in ({"act": "pick", "index": "1"}, {"act": "edit", "index": "0"}, {"act": "pick", "index": "0", "at": -1.0}, {"act": "undo", "at": 9.0}, {"act": "tie", "at": 8.0}):
             answer = await page.act("", chat, {}, at(), event(comparison=shown, **click))
             assert answer[:5] == (gr.skip(),) * 5 and chat.phase == "streaming"
         assert [update async for update in writing] and chat.phase == "choosing"
-        assert fake.votes == [{"comparison": shown, "favourite": 1}] and len(told) == 1 and "Your pick is saved" in told[0]
+        assert fake.votes == [{"comparison": shown, "favourite": 1}] and fake.withdrawn == [shown]  # the tie was clicked before the undo, and came late
+        assert len(told) == 2 and "Your pick is saved" in told[0] and "taken back" in told[1]
 
     asyncio.run(run())
 

@@ -171,8 +171,10 @@ class ChatHandlers:
         chat = await self.found_again(chat, who, data.get("conversation"))
         act, index = data.get("act"), _index(data, chat)
         at = clicked if isinstance(clicked := data.get("at"), int | float) else math.inf
-        if chat.phase == "streaming" and data.get("comparison") not in (None, chat.comparison_id) and at >= chat.cast_at:
-            await self.late(who, str(data["comparison"]), _choice(act, index))
+        if chat.phase == "streaming" and at >= chat.cast_at and data.get("comparison") not in (None, chat.comparison_id):
+            chat.cast_at = at if at < math.inf else chat.cast_at
+            await self.late(chat, who, str(data["comparison"]), data)
+            return (*(gr.skip(),) * 5, chat)
         if chat.phase not in ("empty", "choosing", "voted"):
             return (*(gr.skip(),) * 5, chat)
         if chat.comparison_id is None or chat.comparison_id != data.get("comparison"):
@@ -188,16 +190,18 @@ class ChatHandlers:
         choice = _choice(act, index)
         return (*(gr.skip(),) * 5, chat) if choice is None else await self.cast(chat, who, choice, None, again=False)
 
-    async def late(self, who: Visitor, comparison_id: str, choice: Any) -> None:
-        """A pick that reaches us after the message that was sent behind it counts: Gradio hands over quick events in any order."""
-        if choice is None:
+    async def late(self, chat: Chat, who: Visitor, comparison_id: str, data: dict[str, Any]) -> None:
+        """A click that reaches us after the message that was sent behind it counts: Gradio hands over quick events in any order."""
+        choice, undo = _choice(data.get("act"), _number(data)), data.get("act") == "undo"
+        if choice is None and not undo:
             return
         try:
-            await self.client.vote(who, comparison_id, ballot(choice, None))
+            async with chat.voting:
+                await (self.client.withdraw(who, comparison_id) if undo else self.client.vote(who, comparison_id, ballot(choice, None)))
         except Problem as problem:
-            gr.Warning(f"Your pick is not saved. {problem}")
+            gr.Warning(f"Your pick {'could not be taken back' if undo else 'is not saved'}. {problem}")
         else:
-            gr.Info("Your pick is saved. Your next message was taken in before it, so the conversation goes on as it was.")
+            gr.Info(f"Your pick is {'taken back' if undo else 'saved'}. Your next message was taken in before that, so the conversation goes on as it was.")
 
     async def cast(self, chat: Chat, who: Visitor, choice: Any, edit: str | None, *, again: bool = True) -> tuple[Any, ...]:
         """Send the vote; the page says it is saved only after the server has said so, if it still shows what was voted on.
@@ -361,11 +365,16 @@ def _unsaved(chat: Chat, draft: str) -> bool:
 
 
 def _index(data: dict[str, Any], chat: Chat) -> int | None:
+    index = _number(data)
+    return index if index is not None and 0 <= index < len(chat.replies) else None
+
+
+def _number(data: dict[str, Any]) -> int | None:
+    """The reply that a click names, whether there is one of that number or not."""
     try:
-        index = int(data["index"])
+        return int(data["index"])
     except (KeyError, TypeError, ValueError):
         return None
-    return index if 0 <= index < len(chat.replies) else None
 
 
 def _choice(act: Any, index: int | None) -> Any:
